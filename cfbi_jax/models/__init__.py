@@ -1,0 +1,1 @@
+"""The CFBI network as pure Flax modules and functions: arrays in, arrays out, no files."""

@@ -1,0 +1,322 @@
+"""CFBI (Yang et al., ECCV 2020): the network, in two halves.
+
+    embedding, low_level = model.apply(variables, images, method=CFBI.embed)
+    logits = model.apply(variables, Reference(...), Previous(...), ..., method=CFBI.segment)
+
+`embed` sees one image and nothing else, so a video embeds every frame once. `segment` compares the
+current frame's embedding with those of the reference frames and of the previous frame.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
+
+from cfbi_jax.models import matching
+from cfbi_jax.models.attention import instance_vector
+from cfbi_jax.models.deeplab import DeepLab
+from cfbi_jax.models.ensembler import CollaborativeEnsembler, FeelvosHead
+from cfbi_jax.models.layers import Conv, group_norm, groups_of
+
+# Half-resolution windows; largest first is the channel order that official weights expect.
+WINDOWS = (12, 2, 4, 6, 8, 10)
+
+
+class PixelEmbedding(nn.Module):
+    """Depthwise separable convolution to the pixel embedding (not negative: it ends in a ReLU)."""
+
+    features: int = 100
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
+        dtype = self.dtype
+        x = Conv(x.shape[-1], 3, depthwise=True, use_bias=True, dtype=dtype, name="depthwise")(x)
+        x = nn.relu(group_norm(groups_of(x.shape[-1]), dtype, "norm1")(x))
+        x = Conv(self.features, use_bias=True, dtype=dtype, name="pointwise")(x)
+        return nn.relu(group_norm(self.features // 4, dtype, "norm2")(x))
+
+
+class MatchingFeature(nn.Module):
+    """Reduces distance maps and the previous mask to one feature per row (the `prehead`)."""
+
+    features: int = 64
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w features"]:
+        x = Conv(self.features, use_bias=True, dtype=self.dtype, name="conv")(x)
+        return nn.relu(group_norm(self.features // 4, self.dtype, "norm")(x))
+
+
+class CFBI(nn.Module):
+    """The fields are the model config; the defaults are the released ResNet-101 network.
+
+    backbone: "resnet101" or "mobilenet_v2".
+    resnet_blocks, resnet_width, decoder_dim, embedding_dim, matching_dim, ensembler_dim: widths
+        and depths (every published network uses the defaults).
+    windows: local windows, in pixels of the half-size grid, in channel order.
+    local_downsample: match locally at half size (paper section 4).
+    pixel_background: background in pixel matching: background maps and the previous frame's
+        background embedding (Table 4, P).
+    instance_background: background in the instance vector (Table 4, I).
+    distance_bias: the trainable b_B and b_F of eq. 1 (Table 4).
+    instance_attention: gates and dynamic logits (Table 5, line 5).
+    head: "ensembler", or "feelvos" for Table 5, line 3.
+    global_atrous_rate, local_atrous_rate: thin the pixels that are matched with (1: exact).
+    dropout: of DeepLab's ASPP, while training.
+    compute_dtype: of convolutions and norms' outputs. matching_dtype: of distances.
+    """
+
+    backbone: str = "resnet101"
+    resnet_blocks: tuple[int, ...] = (3, 4, 23, 3)
+    resnet_width: int = 64
+    decoder_dim: int = 256
+    embedding_dim: int = 100
+    matching_dim: int = 64
+    ensembler_dim: int = 256
+    windows: tuple[int, ...] = WINDOWS
+    local_downsample: bool = True
+    pixel_background: bool = True
+    instance_background: bool = True
+    distance_bias: bool = True
+    instance_attention: bool = True
+    head: str = "ensembler"
+    global_atrous_rate: int = 1
+    local_atrous_rate: int = 1
+    dropout: float = 0.1
+    compute_dtype: DTypeLike = jnp.float32
+    matching_dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        dtype = self.compute_dtype
+        self.deeplab = DeepLab(
+            self.backbone,
+            self.resnet_blocks,
+            self.resnet_width,
+            self.decoder_dim,
+            self.dropout,
+            dtype,
+        )
+        self.pixel_embedding = PixelEmbedding(self.embedding_dim, dtype)
+        self.matching_feature = MatchingFeature(self.matching_dim, dtype)
+        heads = {"ensembler": CollaborativeEnsembler, "feelvos": FeelvosHead}
+        if self.head not in heads:
+            raise ValueError(f'head is "{self.head}"; expected one of {sorted(heads)}')
+        self.ensembler = heads[self.head](self.ensembler_dim, dtype)
+        if self.distance_bias:
+            self.background_bias = self.param("background_bias", nn.initializers.zeros_init(), ())
+            self.foreground_bias = self.param("foreground_bias", nn.initializers.zeros_init(), ())
+
+    def embed(
+        self, images: Float[Array, "b height width 3"], deterministic: bool = True
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w low"]]:
+        """Normalised images -> (pixel embedding, low-level features), both at stride 4, float32.
+
+        Heights and widths are `16 k + 1`; h = ceil(height / 4).
+        """
+        # float32 products default to TF32 on GPUs, which distances and golden numbers do not stand.
+        with jax.default_matmul_precision("highest"):
+            features, low_level = self.deeplab(images, deterministic)
+            embedding = self.pixel_embedding(features)
+        return embedding.astype(jnp.float32), low_level.astype(jnp.float32)
+
+    def segment(
+        self,
+        reference: Float[Array, "b r h w c"],
+        reference_label: UInt8[Array, "b r h w"],
+        num_references: Int[Array, " b"],
+        previous: Float[Array, "b h w c"],
+        previous_label: UInt8[Array, "b h w"],
+        current: Float[Array, "b h w c"],
+        low_level: Float[Array, "b h w low"],
+        num_objects: Int[Array, " b"],
+        num_rows: int,
+    ) -> Float[Array, "b rows h w"]:
+        """Logits at stride 4 of every row: 0 is the background, 1..num_objects[b] the objects.
+
+        Labels are row numbers at the embedding's size; 255 is nobody's. `num_rows` is 1 + the
+        padded number of objects, and r the padded number of references. What padding rows hold is
+        meaningless and reaches no real row: `mask_padding` takes them out of a softmax.
+        """
+        with jax.default_matmul_precision("highest"):
+            rows = jnp.arange(num_rows)
+            valid = (rows <= num_objects[:, None]).astype(jnp.float32)
+            frames = jnp.arange(reference.shape[1])
+            frame_valid = frames < num_references[:, None]
+            reference_label = jnp.where(
+                frame_valid[:, :, None, None], reference_label, matching.NOBODY
+            ).astype(jnp.uint8)
+
+            features = self._pixel_features(
+                reference, reference_label, previous, previous_label, current, valid
+            )
+            vector = None
+            if self.instance_attention:
+                vector = instance_vector(
+                    reference,
+                    reference_label,
+                    frame_valid.astype(jnp.float32),
+                    previous,
+                    previous_label,
+                    num_rows,
+                    self.instance_background,
+                )
+                self.sow("intermediates", "instance_vector", vector)
+                vector = vector.reshape(-1, vector.shape[-1])
+
+            batch, height, width, low_dim = low_level.shape
+            low_level = jnp.broadcast_to(
+                low_level[:, None], (batch, num_rows, height, width, low_dim)
+            ).reshape(-1, height, width, low_dim)
+            foreground, background = self.ensembler(features, low_level, vector)
+            shape = (batch, num_rows, height, width)
+            return augment_background(foreground.reshape(shape), background.reshape(shape), valid)
+
+    def _pixel_features(
+        self, reference, reference_label, previous, previous_label, current, valid
+    ) -> Float[Array, "n h w features"]:
+        """What the head receives per row (end of paper section 3.1), rows folded into the batch."""
+        batch, height, width, channels = current.shape
+        num_rows = valid.shape[1]
+        bias = jnp.zeros(num_rows)
+        if self.distance_bias:
+            bias = jnp.where(jnp.arange(num_rows) == 0, self.background_bias, self.foreground_bias)
+
+        global_map = matching.global_matching(
+            current,
+            reference,
+            reference_label,
+            bias,
+            atrous_rate=self.global_atrous_rate,
+            dtype=self.matching_dtype,
+        )
+        local_map = matching.local_matching(
+            current,
+            previous,
+            previous_label,
+            bias,
+            self.windows,
+            downsample=self.local_downsample,
+            atrous_rate=self.local_atrous_rate,
+            dtype=self.matching_dtype,
+        )
+        mask = (previous_label[..., None] == jnp.arange(num_rows)).astype(jnp.float32)
+        maps = [global_map[..., None], local_map, mask[..., None]]
+        self.sow("intermediates", "global_foreground", global_map)
+        self.sow("intermediates", "local_foreground", local_map)
+        if self.pixel_background:
+            global_background = matching.background_distance(global_map, valid)
+            local_background = matching.background_distance(local_map, valid)
+            maps += [local_background, global_background[..., None]]
+            self.sow("intermediates", "global_background", global_background)
+            self.sow("intermediates", "local_background", local_background)
+
+        def fold(x):  # [b, h, w, rows, c] -> [b * rows, h, w, c]
+            return jnp.moveaxis(x, 3, 1).reshape(batch * num_rows, height, width, -1)
+
+        def per_row(x):  # [b, h, w, c] -> [b, rows, h, w, c]
+            return jnp.broadcast_to(x[:, None], (batch, num_rows, height, width, channels))
+
+        maps = fold(jnp.concatenate(maps, axis=-1))
+        mask = jnp.moveaxis(mask, 3, 1)[..., None]
+        features = [per_row(current), per_row(previous) * mask]
+        if self.pixel_background:
+            features.append(per_row(previous) * (1 - mask))
+        features = [x.reshape(-1, height, width, channels) for x in features]
+        features.append(self.matching_feature(maps).astype(jnp.float32))
+        return jnp.concatenate(features, axis=-1).astype(self.compute_dtype)
+
+    def __call__(
+        self, images: Float[Array, "b height width 3"], num_rows: int = 2
+    ) -> Float[Array, "b rows h w"]:
+        """Every image as its own reference, previous and current frame: touches all parameters."""
+        embedding, low_level = self.embed(images)
+        label = jnp.zeros(embedding.shape[:3], jnp.uint8)
+        ones = jnp.ones(embedding.shape[0], jnp.int32)
+        return self.segment(
+            embedding[:, None],
+            label[:, None],
+            ones,
+            embedding,
+            label,
+            embedding,
+            low_level,
+            ones * (num_rows - 1),
+            num_rows,
+        )
+
+
+def augment_background(
+    foreground: Float[Array, "b rows h w"],
+    background: Float[Array, "b rows h w"],
+    valid: Float[Array, "b rows"],
+) -> Float[Array, "b rows h w"]:
+    """Foreground logits; the true background's also gains the least of the objects' background
+    logits, where there is an object."""
+    is_object = valid.at[:, 0].set(0)[:, :, None, None] > 0
+    least = jnp.min(jnp.where(is_object, background, jnp.inf), axis=1)
+    return foreground.at[:, 0].add(jnp.where(jnp.any(is_object, axis=1), least, 0))
+
+
+def mask_padding(
+    logits: Float[Array, "b rows h w"], num_objects: Int[Array, " b"]
+) -> Float[Array, "b rows h w"]:
+    """Logits with padding rows at -inf: softmax gives them exactly 0."""
+    valid = jnp.arange(logits.shape[1]) <= num_objects[:, None]
+    return jnp.where(valid[:, :, None, None], logits, -jnp.inf)
+
+
+def parameter_shapes(model: CFBI) -> dict:
+    """Shapes and dtypes of all variables (`params` and `frozen`), nothing allocated."""
+    image = jax.ShapeDtypeStruct((1, 33, 33, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def initial_variables(model: CFBI, seed: int) -> dict:
+    """Random variables of an untrained network."""
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 33, 33, 3)))
+
+
+# ------------------------------------------------------------------------- model config <-> model
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def build_model(config: Mapping[str, Any]) -> CFBI:
+    """The network that a mapping of `CFBI`'s fields describes (a `ConfigDict`, a JSON object).
+
+    Raises ValueError for a field that `CFBI` does not have or a type that is none of float32,
+    bfloat16 and float16.
+    """
+    known = set(model_config(CFBI()))
+    values = {}
+    for field, value in config.items():
+        if field not in known:
+            raise ValueError(f'unknown model field "{field}"; the fields are {sorted(known)}')
+        if field.endswith("_dtype"):
+            if value not in _DTYPES:
+                raise ValueError(f'model field {field} is "{value}"; expected one of {_DTYPES}')
+            value = jnp.dtype(value).type
+        elif isinstance(value, (list, tuple)):
+            value = tuple(value)
+        values[field] = value
+    return CFBI(**values)
+
+
+def model_config(model: CFBI) -> dict[str, Any]:
+    """The inverse of `build_model`: every field, as JSON can hold it."""
+    config = {}
+    for field in dataclasses.fields(model):
+        if field.name in ("parent", "name"):  # linen's own
+            continue
+        value = getattr(model, field.name)
+        if field.name.endswith("_dtype"):
+            value = jnp.dtype(value).name
+        config[field.name] = list(value) if isinstance(value, tuple) else value
+    return config

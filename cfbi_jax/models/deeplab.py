@@ -1,0 +1,100 @@
+"""DeepLabv3+ (Chen et al., ECCV 2018): backbone, atrous spatial pyramid pooling and decoder."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cfbi_jax.models.layers import Conv, FrozenBatchNorm, resize
+from cfbi_jax.models.mobilenet_v2 import MobileNetV2
+from cfbi_jax.models.resnet import ResNet
+
+ASPP_DILATIONS = (6, 12, 18)
+
+
+class ConvBnRelu(nn.Module):
+    features: int
+    kernel_size: int = 1
+    dilation: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            dilation=self.dilation,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return nn.relu(FrozenBatchNorm(dtype=self.dtype, name="bn")(x))
+
+
+class Aspp(nn.Module):
+    """Parallel 1x1, three dilated 3x3 and a global average, concatenated and projected."""
+
+    features: int = 256
+    dropout: float = 0.1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], deterministic: bool = True
+    ) -> Float[Array, "b h w features"]:
+        branches = [ConvBnRelu(self.features, dtype=self.dtype, name="aspp1")(x)]
+        for i, dilation in enumerate(ASPP_DILATIONS, 2):
+            branch = ConvBnRelu(self.features, 3, dilation, dtype=self.dtype, name=f"aspp{i}")
+            branches.append(branch(x))
+        pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
+        pooled = ConvBnRelu(self.features, dtype=self.dtype, name="pooling")(pooled)
+        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+        x = jnp.concatenate(branches, axis=-1)
+        x = ConvBnRelu(self.features, dtype=self.dtype, name="project")(x)
+        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """Refines the pyramid's output at stride 4 with the backbone's low-level features."""
+
+    features: int = 256
+    low_level_features: int = 48
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h16 w16 c"], low_level: Float[Array, "b h4 w4 low"]
+    ) -> Float[Array, "b h4 w4 features"]:
+        low = ConvBnRelu(self.low_level_features, dtype=self.dtype, name="low_level")(low_level)
+        x = jnp.concatenate([resize(x, low.shape[1:3]), low], axis=-1)
+        x = ConvBnRelu(self.features, 3, dtype=self.dtype, name="conv1")(x)
+        return ConvBnRelu(self.features, 3, dtype=self.dtype, name="conv2")(x)
+
+
+class DeepLab(nn.Module):
+    """`backbone` is "resnet101" or "mobilenet_v2"; `resnet_*` and `features` set its size."""
+
+    backbone: str = "resnet101"
+    resnet_blocks: tuple[int, ...] = (3, 4, 23, 3)
+    resnet_width: int = 64
+    features: int = 256
+    dropout: float = 0.1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "b h w 3"], deterministic: bool = True
+    ) -> tuple[Float[Array, "b h4 w4 features"], Float[Array, "b h4 w4 low"]]:
+        """Returns (decoder output, low-level backbone features), both at stride 4."""
+        if self.backbone == "resnet101":
+            backbone = ResNet(self.resnet_blocks, self.resnet_width, self.dtype, name="backbone")
+        elif self.backbone == "mobilenet_v2":
+            backbone = MobileNetV2(dtype=self.dtype, name="backbone")
+        else:
+            raise ValueError(
+                f'backbone is "{self.backbone}"; expected "resnet101" or "mobilenet_v2"'
+            )
+        x, low_level = backbone(images.astype(self.dtype))
+        x = Aspp(self.features, self.dropout, self.dtype, name="aspp")(x, deterministic)
+        low_dim = self.features * 3 // 16
+        x = Decoder(self.features, low_dim, self.dtype, name="decoder")(x, low_level)
+        return x, low_level

@@ -1,0 +1,174 @@
+"""Collaborative ensembler (paper section 3.3), and FEELVOS' head that it replaces in Table 5.
+
+Both work on one row of one video at a time, `[n, h, w, c]` with n = batch * rows, and return a
+foreground and a background logit per pixel. `vector` is the row's instance vector, or None for the
+network without instance-level attention.
+
+    stride 4   364 -> layer1, 2 -------------------- concat(low-level) -> skip 64 --+
+    stride 8              layer3, 4, 5                                              |
+    stride 16                    layer6, 7, 8 -> ASPP 256, resized -------------- concat
+                                                                                    |
+    stride 4                          logits <- conv2 128 <- conv1 128 <------------+
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from cfbi_jax.models.attention import DynamicLogit, Gate, StaticLogit
+from cfbi_jax.models.deeplab import ASPP_DILATIONS
+from cfbi_jax.models.layers import Conv, GatedChannelTransform, group_norm, groups_of, resize
+
+# (output width in units of `features`, stride, dilation) of layer1 .. layer8
+BLOCKS = ((1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 1, 2), (2, 1, 4))
+STAGE_1_BLOCKS = 2
+FEELVOS_LAYERS, FEELVOS_KERNEL = 4, 7
+
+Logits = tuple[Float[Array, "n h w"], Float[Array, "n h w"]]
+
+
+def _norm(x, dtype, name, limit=32):
+    return group_norm(groups_of(x.shape[-1], limit), dtype, name)(x)
+
+
+class ResBlock(nn.Module):
+    """Bottleneck with group norm; GCT on the input of the residual branch only."""
+
+    features: int
+    stride: int = 1
+    dilation: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow features"]:
+        width, dtype = self.features // 4, self.dtype
+        y = GatedChannelTransform(name="gct")(x)
+        y = nn.relu(_norm(Conv(width, dtype=dtype, name="conv1")(y), dtype, "norm1"))
+        y = Conv(width, 3, self.stride, self.dilation, dtype=dtype, name="conv2")(y)
+        y = nn.relu(_norm(y, dtype, "norm2"))
+        y = _norm(Conv(self.features, dtype=dtype, name="conv3")(y), dtype, "norm3")
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = Conv(self.features, stride=self.stride, dtype=dtype, name="downsample_conv")(x)
+            x = _norm(x, dtype, "downsample_norm")
+        return nn.relu(x + y)
+
+
+class GctConvNorm(nn.Module):
+    """GCT -> convolution -> group norm -> ReLU."""
+
+    features: int
+    kernel_size: int = 1
+    dilation: int = 1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w features"]:
+        x = GatedChannelTransform(name="gct")(x)
+        x = Conv(
+            self.features,
+            self.kernel_size,
+            dilation=self.dilation,
+            dtype=self.dtype,
+            name="conv",
+        )(x)
+        return nn.relu(_norm(x, self.dtype, "norm"))
+
+
+class EnsemblerAspp(nn.Module):
+    """ASPP with GCT and group norm; its pooling branch has no norm."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w features"]:
+        width = self.features // 2
+        branches = [GctConvNorm(width, dtype=self.dtype, name="aspp1")(x)]
+        for i, dilation in enumerate(ASPP_DILATIONS, 2):
+            branch = GctConvNorm(width, 3, dilation, self.dtype, name=f"aspp{i}")
+            branches.append(branch(x))
+        pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
+        pooled = nn.relu(Conv(width, dtype=self.dtype, name="pooling_conv")(pooled))
+        branches.append(jnp.broadcast_to(pooled, branches[0].shape))
+        x = jnp.concatenate(branches, axis=-1)
+        return GctConvNorm(self.features, dtype=self.dtype, name="project")(x)
+
+
+class LogitPair(nn.Module):
+    """Foreground and background logit, from the instance vector where there is one."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], vector: Float[Array, "n d"] | None) -> Logits:
+        if vector is None:
+            return StaticLogit(name="foreground")(x), StaticLogit(name="background")(x)
+        return (
+            DynamicLogit(name="foreground")(x, vector),
+            DynamicLogit(name="background")(x, vector),
+        )
+
+
+class CollaborativeEnsembler(nn.Module):
+    features: int = 256
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "n h w c"],
+        low_level: Float[Array, "n h w low"],
+        vector: Float[Array, "n d"] | None,
+    ) -> Logits:
+        dtype, half = self.dtype, self.features // 2
+
+        def gated(x, name):
+            return x if vector is None else Gate(dtype=dtype, name=name)(x, vector)
+
+        for i, (width, stride, dilation) in enumerate(BLOCKS, 1):
+            x = gated(x, f"gate{i}")
+            x = ResBlock(width * self.features, stride, dilation, dtype, name=f"layer{i}")(x)
+            if i == STAGE_1_BLOCKS:
+                skip = jnp.concatenate([low_level.astype(dtype), x], axis=-1)
+        x = gated(x, "gate9")
+        x = EnsemblerAspp(self.features, dtype, name="aspp")(x)
+
+        x = resize(x, skip.shape[1:3], "bicubic")
+        skip = GatedChannelTransform(name="skip_gct")(skip)
+        skip = Conv(half // 2, dtype=dtype, name="skip_conv")(skip)
+        skip = nn.relu(_norm(skip, dtype, "skip_norm", limit=16))
+        x = gated(jnp.concatenate([x, skip], axis=-1), "gate10")
+        x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv1")(x), dtype, "norm1"))
+        x = gated(x, "gate11")
+        x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv2")(x), dtype, "norm2"))
+        return LogitPair(name="logits")(x, vector)
+
+
+class FeelvosHead(nn.Module):
+    """Four depthwise separable convolutions, 7x7 (Voigtlaender et al., CVPR 2019, section 3.5)."""
+
+    features: int = 256
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "n h w c"],
+        low_level: Float[Array, "n h w low"],
+        vector: Float[Array, "n d"] | None,
+    ) -> Logits:
+        dtype = self.dtype
+        for i in range(1, FEELVOS_LAYERS + 1):
+            if vector is not None:
+                x = Gate(dtype=dtype, name=f"gate{i}")(x, vector)
+            x = Conv(
+                x.shape[-1],
+                FEELVOS_KERNEL,
+                depthwise=True,
+                use_bias=True,
+                dtype=dtype,
+                name=f"depthwise{i}",
+            )(x)
+            x = nn.relu(_norm(x, dtype, f"depthwise_norm{i}"))
+            x = Conv(self.features, use_bias=True, dtype=dtype, name=f"pointwise{i}")(x)
+            x = nn.relu(_norm(x, dtype, f"pointwise_norm{i}"))
+        return LogitPair(name="logits")(x, vector)

@@ -1,0 +1,291 @@
+"""Foreground-background matching of pixel embeddings (paper section 3.1).
+
+Every per-object tensor has `1 + K` *rows*: row 0 is the background, rows 1..K are the objects. A
+batch pads K, so functions take `num_objects [b]` and padded rows reach no minimum of a real row.
+A label map holds the row of every pixel; a value that is no row (255) belongs to nobody.
+
+Distances: `d = |p - q|^2`, and `D = 2 * (sigmoid(d + bias) - 1/2)` is eq. 1. D grows with d, so all
+minima are taken over d and the bias and the sigmoid are applied to the minimum.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
+
+from cfbi_jax.models.layers import resize, resize_labels
+
+FAR = 5e4  # squared distance that stands for "no such pixel"; below float16's largest number
+NOBODY = 255  # label of pixels that match nothing
+
+# Chunks of the global distance matrix. One chunk is all of it that ever exists, so they bound the
+# memory; these sizes were the fastest of those tried on 2 CPU cores.
+QUERY_CHUNK = 2048
+REFERENCE_TILE = 512
+# Width of the strips in which local matching correlates rows of pixels.
+STRIP = 64
+
+
+def biased_distance(
+    squared: Float[Array, "*batch rows"], bias: Float[Array, " rows"]
+) -> Float[Array, "*batch rows"]:
+    """Eq. 1: squared embedding distance -> [-1, 1]; `bias` holds b_B for row 0, b_F elsewhere.
+
+    Always in float32: in half precision it is the distances alone that are half, as released.
+    """
+    return 2 * (jax.nn.sigmoid(squared.astype(jnp.float32) + bias) - 0.5)
+
+
+def _map_batch(fn: Callable, *arrays: Array) -> Array:
+    """`vmap` over the first axis; a batch of one skips it, because XLA's CPU backend computes a
+    batched product more slowly than a plain one."""
+    if arrays[0].shape[0] == 1:
+        return fn(*(a[0] for a in arrays))[None]
+    return jax.vmap(fn)(*arrays)
+
+
+def _rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` rounded to its own type: XLA otherwise keeps half-precision intermediates in float32,
+    and a distance is a difference of large numbers, so labels would depend on the compiler."""
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def _squared_norm(x: Float[Array, "*batch c"]) -> Float[Array, "*batch"]:
+    return _rounded(jnp.sum(_rounded(jnp.square(x)), axis=-1))
+
+
+# ---------------------------------------------------------------------------------------- global
+
+
+def global_matching(
+    query: Float[Array, "b h w c"],
+    reference: Float[Array, "b r h w c"],
+    reference_label: UInt8[Array, "b r h w"],
+    bias: Float[Array, " rows"],
+    *,
+    atrous_rate: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "b h w rows"]:
+    """Foreground global map (eq. 2): per row the distance to its nearest reference pixel.
+
+    The pixels of all reference frames are one set. A row without a pixel gets exactly 1.
+    `atrous_rate` r keeps reference rows and columns 0, r, 2r, ... only. `dtype` is the type of the
+    embeddings and distances; the result is float32.
+    """
+    reference = reference[:, :, ::atrous_rate, ::atrous_rate]
+    reference_label = reference_label[:, :, ::atrous_rate, ::atrous_rate]
+    batch, height, width, channels = query.shape
+    num_rows = bias.shape[0]
+
+    def match(query, reference, label):
+        return nearest_squared_distance(query, reference, label, num_rows)
+
+    squared = _map_batch(
+        match,
+        query.reshape(batch, height * width, channels).astype(dtype),
+        reference.reshape(batch, -1, channels).astype(dtype),
+        reference_label.reshape(batch, -1),
+    )
+    squared = squared.reshape(batch, height, width, num_rows)
+    return biased_distance(squared, bias)
+
+
+def nearest_squared_distance(
+    query: Float[Array, "q c"],
+    reference: Float[Array, "p c"],
+    label: UInt8[Array, " p"],
+    num_rows: int,
+) -> Float[Array, "q rows"]:
+    """Per query and row, the squared distance to the row's nearest reference pixel, or `FAR`.
+
+    Reference pixels are sorted by row and each row's block is padded to whole tiles. A tile then
+    belongs to one row, so the distances are computed once whatever the number of objects:
+
+        row 0          row 1      row 2
+        [####|####|##..|####|#...|###.]      # pixel, . padding, | tile border
+    """
+    tiles, tile_row = _tiles_by_row(reference, label, num_rows)
+    num_queries, channels = query.shape
+    chunk = min(QUERY_CHUNK, num_queries)
+    padded = jnp.pad(query, ((0, -num_queries % chunk), (0, 0)))
+
+    def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
+        query_norm = _squared_norm(query)
+
+        def one_tile(nearest, tile):
+            pixels, norms, row = tile
+            product = jnp.einsum("qc,pc->qp", query, pixels)
+            squared = _rounded(query_norm[:, None] + norms) - 2 * product
+            return nearest.at[row].min(jnp.min(squared, axis=-1)), None
+
+        start = jnp.full((num_rows, query.shape[0]), FAR, query.dtype)
+        nearest, _ = jax.lax.scan(one_tile, start, (*tiles, tile_row))
+        return nearest
+
+    chunks = padded.reshape(-1, chunk, channels)
+    nearest = jax.lax.map(one_chunk, chunks)
+    return jnp.moveaxis(nearest, 1, 2).reshape(-1, num_rows)[:num_queries]
+
+
+def _tiles_by_row(
+    reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
+) -> tuple[tuple[Float[Array, "t n c"], Float[Array, "t n"]], Int[Array, " t"]]:
+    """Sorts pixels into tiles of one row each: ((pixels, squared norms), row of every tile)."""
+    num_pixels = reference.shape[0]
+    tile = min(REFERENCE_TILE, num_pixels)
+    num_tiles = num_pixels // tile + num_rows  # enough for any labels
+
+    row = jnp.where(label < num_rows, label, num_rows).astype(jnp.int32)
+    count = jnp.bincount(row, length=num_rows + 1)
+    first = jnp.cumsum(count) - count
+    tiles_of_row = -(-count[:num_rows] // tile)
+    first_slot = tile * (jnp.cumsum(tiles_of_row) - tiles_of_row)
+    # Pixels of nobody go past the last slot and are dropped.
+    first_slot = jnp.append(first_slot, num_tiles * tile)
+
+    order = jnp.argsort(row, stable=True)
+    sorted_row = row[order]
+    slot = first_slot[sorted_row] + jnp.arange(num_pixels) - first[sorted_row]
+    source = jnp.full(num_tiles * tile, num_pixels).at[slot].set(order, mode="drop")
+
+    pixels = reference.at[source].get(mode="fill", fill_value=0)
+    norms = jnp.where(source < num_pixels, _squared_norm(pixels), jnp.inf)
+    last_tile = jnp.cumsum(tiles_of_row)
+    tile_row = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right")
+    tile_row = jnp.minimum(tile_row, num_rows - 1)  # tiles left over are empty: any row will do
+    shape = (num_tiles, tile)
+    return (pixels.reshape(*shape, -1), norms.reshape(shape)), tile_row
+
+
+# ----------------------------------------------------------------------------------------- local
+
+
+def local_matching(
+    query: Float[Array, "b h w c"],
+    previous: Float[Array, "b h w c"],
+    previous_label: UInt8[Array, "b h w"],
+    bias: Float[Array, " rows"],
+    windows: tuple[int, ...],
+    *,
+    downsample: bool = True,
+    atrous_rate: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "b h w rows windows"]:
+    """Foreground multi-local map (eq. 4 and 5), the windows in the order given.
+
+    Window k compares a pixel with those at most k away in x and y. `downsample` matches at half
+    size and resizes the result back (paper section 4); `atrous_rate` r keeps offsets that are
+    multiples of r. A row without a pixel in the window gets exactly 1.
+    """
+    batch, height, width, _ = query.shape
+    size = (height // 2 + 1, width // 2 + 1) if downsample else (height, width)
+    num_rows = bias.shape[0]
+
+    def match(query, previous, label):
+        return windowed_squared_distance(query, previous, label, num_rows, windows, atrous_rate)
+
+    squared = _map_batch(
+        match,
+        resize(query, size).astype(dtype),
+        resize(previous, size).astype(dtype),
+        resize_labels(previous_label, size),
+    )
+    distance = biased_distance(squared, bias)
+    distance = jnp.moveaxis(distance, -1, -2).reshape(batch, *size, num_rows * len(windows))
+    distance = resize(distance, (height, width))
+    return distance.reshape(batch, height, width, num_rows, len(windows))
+
+
+def windowed_squared_distance(
+    query: Float[Array, "h w c"],
+    previous: Float[Array, "h w c"],
+    label: UInt8[Array, "h w"],
+    num_rows: int,
+    windows: tuple[int, ...],
+    atrous_rate: int = 1,
+) -> Float[Array, "h w windows rows"]:
+    """Minimum squared distance within every window, per row; `FAR` where there is no pixel.
+
+    One vertical offset at a time: matrix products give the distances of a strip of a query row to
+    the strip `reach` wider of a previous row, and the band of horizontal offsets is read off them.
+    Windows are nested, so every distance enters one ring and the rings accumulate.
+    """
+    height, width, channels = query.shape
+    reach = max(windows) // atrous_rate * atrous_rate
+    offsets = np.arange(-reach, reach + 1, atrous_rate)
+    ascending = sorted(windows)
+
+    strip = min(STRIP, width)
+    num_strips = -(-width // strip)
+    right = num_strips * strip - width
+    query = jnp.pad(query, ((0, 0), (0, right), (0, 0)))
+    query_norm = _squared_norm(query).reshape(height, num_strips, strip, 1)
+    query = query.reshape(height, num_strips, strip, channels)
+
+    margin = ((reach, reach), (reach, reach + right))
+    label = jnp.pad(label, margin, constant_values=NOBODY)
+    norm = jnp.pad(_squared_norm(previous), margin)
+    previous = jnp.pad(previous, (*margin, (0, 0)))
+    # columns[s, v]: the previous frame's column v of strip s, counted from its left margin;
+    # band[s, x, i]: the column that query x of strip s meets at the i-th horizontal offset
+    start = np.arange(num_strips) * strip
+    columns = start[:, None] + np.arange(strip + 2 * reach)
+    band = start[:, None, None] + np.arange(strip)[:, None] + (offsets + reach)
+
+    def one_offset(nearest, dy):
+        def row_at(x):
+            return jax.lax.dynamic_slice_in_dim(x, dy + reach, height)
+
+        product = jnp.einsum("yscd,ysvd->yscv", query, row_at(previous)[:, columns])
+        product = _diagonals(product, strip)[..., ::atrous_rate]
+        squared = _rounded(query_norm + row_at(norm)[:, band]) - 2 * product
+        band_label = row_at(label)[:, band]
+        rows = jnp.arange(num_rows, dtype=label.dtype)
+        mine = band_label[..., None, :] == rows[:, None]
+        squared = jnp.where(mine, squared[..., None, :], FAR)  # [h, s, strip, rows, offsets]
+        minima, inner = [], FAR
+        for k, previous_k in zip(ascending, [-1, *ascending], strict=False):
+            ring = (np.abs(offsets) <= k) & (np.abs(offsets) > previous_k)
+            if ring.any():
+                inner = jnp.minimum(inner, jnp.min(squared[..., ring], axis=-1))
+            minima.append(jnp.where(jnp.abs(dy) <= k, inner, FAR))
+        return jnp.minimum(nearest, jnp.stack(minima)), None
+
+    nearest = jnp.full((len(windows), height, num_strips, strip, num_rows), FAR, query.dtype)
+    nearest, _ = jax.lax.scan(one_offset, nearest, jnp.asarray(offsets))
+    nearest = nearest[np.array([ascending.index(k) for k in windows])]
+    nearest = nearest.reshape(len(windows), height, num_strips * strip, num_rows)[:, :, :width]
+    return jnp.moveaxis(nearest, 0, 2)
+
+
+def _diagonals(x: Float[Array, "*batch n m"], n: int) -> Float[Array, "*batch n k"]:
+    """`out[i, j] = x[i, i + j]` for j in 0..m-n, by reading the rows with a pitch of m + 1."""
+    *batch, _, m = x.shape
+    flat = x.reshape(*batch, n * m)
+    flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, n)])
+    return flat.reshape(*batch, n, m + 1)[..., : m - n + 1]
+
+
+# ------------------------------------------------------------------------------------ background
+
+
+def background_distance(
+    foreground: Float[Array, "b h w rows *windows"], valid: Float[Array, "b rows"]
+) -> Float[Array, "b h w rows *windows"]:
+    """Background maps (eq. 3 and 7): per row the minimum over the *other* valid rows' maps.
+
+    A row alone in its video keeps its own map, as the released network does.
+    """
+    extra = foreground.ndim - 4
+    shape = (valid.shape[0], 1, 1, valid.shape[1], *(1,) * extra)
+    other = jnp.where(valid.reshape(shape) > 0, foreground, jnp.inf)
+    nearest = jnp.min(other, axis=3, keepdims=True)
+    rows = jnp.arange(foreground.shape[3]).reshape(1, 1, 1, -1, *(1,) * extra)
+    is_nearest = rows == jnp.argmin(other, axis=3, keepdims=True)
+    second = jnp.min(jnp.where(is_nearest, jnp.inf, other), axis=3, keepdims=True)
+    result = jnp.where(is_nearest, second, nearest)
+    return jnp.where(jnp.isinf(result), foreground, result)

@@ -1,0 +1,1 @@
+"""Other frameworks' weight files <-> this project's checkpoints."""

@@ -1,0 +1,63 @@
+"""PyTorch's `.pth` files. The only module that imports torch (extra `convert`)."""
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            'reading and writing .pth files needs torch: pip install "cfbi_jax[convert]"'
+        ) from error
+    return torch
+
+
+def read_pth(path: str | Path) -> dict[str, np.ndarray]:
+    """The state dict of a `.pth` as NumPy arrays, whatever lies around it.
+
+    Reads the zip container and the one before PyTorch 1.6, CUDA storages, `{'state_dict': ...}`
+    with an optimiser beside it, or the bare state dict. Only tensors and plain containers are
+    unpickled: a file that would run code raises ValueError.
+    """
+    torch = _torch()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such weight file: {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it holds more than tensors and would run code on loading, or is "
+            f"no .pth file. {str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no .pth file: {error}") from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict")
+    wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if wrong:
+        raise ValueError(f"{path}: these entries of the state dict are no tensors: {wrong[:5]}")
+    return {key: value.detach().numpy() for key, value in state.items()}
+
+
+def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes `{'state_dict': ...}` as the official code reads it (under a temporary name first)."""
+    torch = _torch()
+    path = Path(path)
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        torch.save({"state_dict": tensors}, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
