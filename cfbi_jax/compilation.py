@@ -1,0 +1,25 @@
+"""Where XLA keeps compiled programs between runs."""
+
+import os
+from pathlib import Path
+
+import jax
+
+DEFAULT = "default"
+
+
+def use_compilation_cache(path: str | None = DEFAULT) -> Path | None:
+    """Turns the persistent compilation cache on at `path`, or off (None or ""); says where it is.
+
+    "default" is the folder that JAX was already given (`JAX_COMPILATION_CACHE_DIR`, say), else
+    `$XDG_CACHE_HOME/cfbi_jax` (`~/.cache/cfbi_jax`).
+    """
+    if not path:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if path == DEFAULT:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = jax.config.jax_compilation_cache_dir or Path(home) / "cfbi_jax"
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    return Path(path)

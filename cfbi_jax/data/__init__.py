@@ -1,0 +1,1 @@
+"""Videos on disk: image files, data-set folders and synthetic videos. Nothing here imports JAX."""

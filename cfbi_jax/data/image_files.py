@@ -1,0 +1,269 @@
+"""Frames and masks as files: read, checked, written.
+
+A frame is `uint8 [height, width, 3]` RGB. A mask (label map) is `uint8 [height, width]`: the value
+of a pixel is the id of its object, 0 is background. A file that is not what it should be is an
+error here, naming the file, rather than a strange result later.
+"""
+
+import io
+import itertools
+import os
+import re
+import threading
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+# More objects than DAVIS or YouTube-VOS have in one video (about 10); a ramp of grey has far more.
+MAX_IDS_IN_MASK = 64
+
+_ID_MODES = ("P", "L", "1", "I;16", "I")  # Pillow: palette, grey of 8, 1 and 16 bits
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"
+_JPEG_START = b"\xff\xd8"
+_JPEG_END = b"\xff\xd9"
+# In compressed JPEG data 0xff is followed by 0x00 or is a restart marker; the rest are segments.
+_JPEG_NEXT_SEGMENT = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+
+
+def _voc_palette() -> UInt8[np.ndarray, "256 3"]:
+    """PASCAL VOC colours: the bits of an id dealt out to red, green, blue as their high bits."""
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        palette[:, bit % 3] |= (((ids >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
+    palette.setflags(write=False)
+    return palette
+
+
+VOC_PALETTE = _voc_palette()
+
+
+def list_frames(folder: Path | str) -> list[Path]:
+    """The pictures in a folder, in the order of the numbers in their names (9.png before 10.png).
+
+    Errors: FileNotFoundError for a missing folder or one without pictures; ValueError for two
+    pictures that differ in their suffix only, as their masks would have the same name.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; expected one with the frames of a video"
+        )
+    frames = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not frames:
+        raise FileNotFoundError(f"{folder}: no frames; expected files like 00000.jpg")
+    frames.sort(key=lambda path: (_natural_order(path.stem), path.name))
+    for path, following in itertools.pairwise(frames):
+        if path.stem == following.stem:
+            raise ValueError(f"{following}: the same frame as {path.name}; expected one of them")
+    return frames
+
+
+def read_frame(path: Path | str) -> UInt8[np.ndarray, "height width 3"]:
+    """Reads one picture as RGB, as stored: an EXIF orientation is not applied.
+
+    Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture.
+    """
+    data = Path(path).read_bytes()
+    _check_complete(io.BytesIO(data), path)
+    # The decoder of the official code, so that the same file gives the same numbers.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if bgr is None:
+        raise ValueError(f"{path}: no picture that can be decoded; expected a JPEG or PNG")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) of a picture from its header, not decoded; also sees a file cut short.
+
+    Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture.
+    """
+    with open(path, "rb") as file:
+        _check_complete(file, path)
+        width, height = _open_image(file, path).size
+    return height, width
+
+
+def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
+    """Reads the object ids of an indexed or grey PNG (1-bit: white is id 1).
+
+    Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
+    instead of ids, has ids above 255, or has the in-between values of an anti-aliased drawing.
+    """
+    with open(path, "rb") as file:
+        _check_complete(file, path)
+        image = _open_image(file, path)
+        if image.format != "PNG" or image.mode not in _ID_MODES:
+            colours = f"{image.mode} colours"
+            found = colours if image.format == "PNG" else f"a {image.format} file"
+            raise ValueError(
+                f"{path}: {found}; expected an indexed or grey PNG whose values are object ids"
+            )
+        values = np.array(_decode(file, path))
+    return check_label(values, str(path))
+
+
+def check_label(array: np.ndarray, name: str) -> UInt8[np.ndarray, "height width"]:
+    """The given object ids as a label map, if they can be one; `name` says whose in errors.
+
+    `array` is [height, width], of integers 0..255 or bool. Errors: ValueError for another shape or
+    type, for ids outside 0..255 and for an anti-aliased drawing (many ids, mostly in edges only).
+    """
+    array = np.asarray(array)
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name}: shape {array.shape}; expected object ids, [height, width]")
+    if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name}: values of type {array.dtype}; expected integer object ids")
+    if array.dtype not in (np.bool_, np.uint8):
+        low, high = array.min(), array.max()
+        if low < 0 or high > 255:
+            raise ValueError(f"{name}: ids from {low} to {high}; expected object ids 0 to 255")
+    label = np.ascontiguousarray(array, np.uint8)
+    _check_not_anti_aliased(label, name)
+    return label
+
+
+def read_palette(path: Path | str) -> UInt8[np.ndarray, "256 3"] | None:
+    """The RGB colours of an indexed picture's ids; None if the picture is not indexed.
+
+    Colours that the file does not define are VOC's, so that objects added later are visible.
+    Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture.
+    """
+    with open(path, "rb") as file:
+        _check_complete(file, path)
+        if _open_image(file, path).mode != "P":
+            return None
+        colours = _decode(file, path).getpalette("RGB")
+    stored = np.array(colours, np.uint8).reshape(-1, 3)
+    return np.concatenate([stored, VOC_PALETTE[len(stored) :]])
+
+
+def write_mask(
+    path: Path | str,
+    label: UInt8[np.ndarray, "height width"],
+    palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
+) -> None:
+    """Writes a label map as an indexed 8-bit PNG; the file appears complete or not at all."""
+    image = Image.fromarray(label)
+    image.putpalette(palette.tobytes())  # turns mode L into P
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    write_file(path, encoded.getvalue())
+
+
+def write_image(path: Path | str, rgb: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes an RGB picture, PNG or JPEG by its suffix; it appears complete or not at all."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"{path}: cannot write {suffix!r} pictures; expected .png or .jpg")
+    _, encoded = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    write_file(path, encoded.tobytes())
+
+
+def write_file(path: Path | str, data: bytes) -> None:
+    """Writes a file (and its folder); it appears complete or not at all, even if we are killed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique among threads and processes; hidden and without the suffix, so that no one reads it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _natural_order(stem: str) -> list[tuple[int, str]]:
+    """A sort key that compares the runs of digits in a name as numbers."""
+    parts = re.split(r"(\d+)", stem, flags=re.ASCII)  # text, digits, text, digits, ..., text
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
+
+
+def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
+    """Opens a picture with Pillow, which reads the header only."""
+    try:
+        return Image.open(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
+
+
+def _decode(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
+    """Decodes a picture with Pillow; unlike Pillow, looks at a PNG's checksums first."""
+    try:
+        file.seek(0)
+        _open_image(file, path).verify()  # leaves the image unusable
+        file.seek(0)
+        image = _open_image(file, path)
+        image.load()
+        return image
+    except (OSError, SyntaxError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged picture ({error})") from error
+
+
+def _check_complete(file: io.BufferedIOBase, path: Path | str) -> None:
+    """Raises ValueError if a JPEG or PNG lacks its end. Reads both ends, rarely the whole file.
+
+    Decoders may fill the missing part of a JPEG with grey and say nothing. Other formats are left
+    to their decoders. Leaves the file at its start.
+    """
+    start = file.read(len(_PNG_SIGNATURE))
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - len(_PNG_END)))
+    end = file.read()
+    file.seek(0)
+    # Bytes may follow the end of the picture, hence the second look at the whole file.
+    if start.startswith(_JPEG_START):
+        complete = end.endswith(_JPEG_END) or _has_jpeg_end(file.read())
+    elif start == _PNG_SIGNATURE:
+        complete = end == _PNG_END or _PNG_END in file.read()
+    else:
+        complete = length > 0
+    file.seek(0)
+    if not complete:
+        raise ValueError(f"{path}: a picture cut short, its end is missing after {length} bytes")
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Walks the segments of a JPEG: thumbnails inside segments have end markers of their own."""
+    position = len(_JPEG_START)
+    while segment := _JPEG_NEXT_SEGMENT.search(data, position):
+        if segment[1] == _JPEG_END[1:]:
+            return True
+        # The segment states its length; after a start of scan, compressed data follow it.
+        position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2], "big")
+    return False
+
+
+def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str) -> None:
+    """Raises ValueError if the ids look like shades: smoothed edges would make dozens of objects.
+
+    In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
+    """
+    ids = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
+    ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
+    if len(ids) < 3:
+        return
+    kernel = np.ones((3, 3), np.uint8)
+    inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
+    only_in_edges = np.setdiff1d(ids, label[inside])
+    # Small ids may be real objects, barely visible; ids that jump to high values are shades.
+    suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
+    mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
+    if len(ids) > MAX_IDS_IN_MASK or mostly_edges:
+        raise ValueError(
+            f"{name}: {len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
+            f" or resized mask; expected hard edges and at most {MAX_IDS_IN_MASK} objects"
+        )

@@ -1,0 +1,168 @@
+"""What an evaluation needs to know of a video, and what can be checked before it runs."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cfbi_jax.data import image_files
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationVideo:
+    """One video to segment. Frames are known by their position in `frames`, counted from 0.
+
+    Attributes:
+      name: the folder's name, also that of its results.
+      frames: the picture files in order; a result is called `<frame's stem>.png`.
+      given: the mask files that the system is shown, by frame.
+      save: the frames whose results are written, ascending.
+      truth: the true masks, by frame: one for every frame in `save`, or none at all.
+      reading: what the values of the mask files mean: "ids" of objects; "binary", one object
+        wherever they are not 0 (DAVIS 2016); "void_255", ids, with 255 for background (DAVIS 2017).
+      starts: the frame at which each object is given (YouTube-VOS): a given mask shows only the
+        objects that start with it. Empty: a given mask shows all its objects.
+      allow_empty_first_mask: an object may start later than the first given mask.
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    given: Mapping[int, Path]
+    save: tuple[int, ...]
+    truth: Mapping[int, Path] = field(default_factory=dict)
+    reading: Literal["ids", "binary", "void_255"] = "ids"
+    starts: Mapping[int, int] = field(default_factory=dict)
+    allow_empty_first_mask: bool = False
+
+
+def read_label(video: EvaluationVideo, path: Path) -> UInt8[np.ndarray, "height width"]:
+    """Reads a mask file (given, true or a result) as this video's data set means it.
+
+    Errors: those of `image_files.read_mask`.
+    """
+    label = image_files.read_mask(path)
+    if video.reading == "binary":
+        return (label > 0).astype(np.uint8)
+    if video.reading == "void_255":
+        label[label == 255] = 0
+    return label
+
+
+def read_given(video: EvaluationVideo, index: int) -> UInt8[np.ndarray, "height width"]:
+    """The mask given at frame `index`, with only the objects that are given there.
+
+    Errors: KeyError if no mask is given at that frame; those of `image_files.read_mask`.
+    """
+    label = read_label(video, video.given[index])
+    if video.starts:
+        shown = [object_id for object_id, start in video.starts.items() if start == index]
+        label[~np.isin(label, shown)] = 0
+    return label
+
+
+def check_videos(
+    videos: Sequence[EvaluationVideo], max_objects: int | None = None, threads: int = 8
+) -> dict[str, tuple[int, ...]]:
+    """Checks all that can be known before long work: every file, its size, every given mask.
+
+    Given masks are read; of frames and true masks the header and the end of the file are. Returns
+    the ids of the objects that each video's given masks show, ascending, by the video's name.
+
+    Errors: FileNotFoundError for a missing file; ValueError for a file that is cut short or no
+    picture, a frame or mask of another size than the video, a mask that is none, a first mask
+    without objects, more than `max_objects` objects in a video.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        # The first error in the order of `videos` is raised, so that the message is reproducible.
+        results = [pool.submit(_check_video, video, max_objects) for video in videos]
+        try:
+            return {v.name: result.result() for v, result in zip(videos, results, strict=True)}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: Path) -> None:
+    """Raises ValueError, with the nearest known names, for a wanted name that is not known."""
+    known = list(known)
+    for name in wanted:
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+            raise ValueError(
+                f"{where}: no {kind} {name!r} among {len(known)}; near names: {', '.join(near)}"
+            )
+
+
+def _check_video(video: EvaluationVideo, max_objects: int | None) -> tuple[int, ...]:
+    """Checks one video; see `check_videos`."""
+    if not video.frames:
+        raise ValueError(f"{video.name}: no frames; expected one at least")
+    if not video.given:
+        raise ValueError(f"{video.name}: no mask is given; expected one at the first frame")
+    first = video.frames[0]
+    size = image_files.image_size(first)
+    for path in video.frames[1:]:
+        _check_size(path, image_files.image_size(path), size, first)
+    for path in video.truth.values():
+        _check_size(path, image_files.image_size(path), size, first)
+
+    given: dict[int, set[int]] = {}
+    seen: set[int] = set()
+    for index in sorted(video.given):
+        label = read_given(video, index)
+        _check_size(video.given[index], label.shape, size, first)
+        given[index] = set(np.flatnonzero(np.bincount(label.ravel())).tolist()) - {0}
+        seen |= given[index]
+        if max_objects is not None and len(seen) > max_objects:
+            ids = ", ".join(str(object_id) for object_id in sorted(seen))
+            raise ValueError(
+                f"{video.given[index]}: with it {video.name} has {len(seen)} objects (ids {ids});"
+                f" expected at most max_objects = {max_objects}"
+            )
+    _check_starts(video, given)
+    return tuple(sorted(seen))
+
+
+def _check_size(
+    path: Path, size: tuple[int, int], expected: tuple[int, int], first_frame: Path
+) -> None:
+    if tuple(size) != tuple(expected):
+        raise ValueError(
+            f"{path}: {size[0]} x {size[1]} pixels (height x width); expected"
+            f" {expected[0]} x {expected[1]} as in {first_frame}"
+        )
+
+
+def _check_starts(video: EvaluationVideo, given: Mapping[int, set[int]]) -> None:
+    """Raises ValueError unless the first mask has an object, or may be empty and a later one has.
+
+    `given`: the ids in each given mask, by frame.
+    """
+    first = min(given)
+    if first != 0:
+        raise ValueError(
+            f"{video.name}: the first mask is given at frame {first}"
+            f" ({video.frames[first].name}); expected one at {video.frames[0]}"
+        )
+    if not given[first] and not video.allow_empty_first_mask:
+        raise ValueError(f"{video.given[first]}: an empty first mask; expected an object in it")
+    if not any(given.values()):
+        raise ValueError(
+            f"{video.given[first]}: an empty first mask, and no object in a later mask given for"
+            f" {video.name}; expected one at least"
+        )
+    for object_id, start in video.starts.items():
+        if object_id not in given.get(start, ()):
+            # Such an object is never seen by the network; the rest of the video is still good.
+            LOGGER.warning(
+                "%s: object %d starts at %s but has no pixel in %s",
+                *(video.name, object_id, video.frames[start].stem, video.given.get(start)),
+            )

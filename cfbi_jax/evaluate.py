@@ -1,0 +1,161 @@
+"""Evaluation from start to end: weights and a data set in; PNGs, scores and a zip out.
+
+OUT/Annotations/<video>/00000.png      masks, indexed, at the video's size
+OUT/submission.zip                     what the data set's server expects
+OUT/*_results-<split>.csv              the official tool's tables, where there is truth
+OUT/overlays/<video>.png               with --config.overlays=True
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from cfbi_jax.compilation import use_compilation_cache
+from cfbi_jax.data import davis, synthetic, youtube_vos
+from cfbi_jax.data.videos import EvaluationVideo, check_videos
+from cfbi_jax.evaluation import report
+from cfbi_jax.evaluation.davis import score_davis
+from cfbi_jax.evaluation.submission import write_zip
+from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
+from cfbi_jax.inference import dataset
+from cfbi_jax.inference.segmenter import Options, VideoSegmenter
+from cfbi_jax.inference.video import check_writable
+from cfbi_jax.models.cfbi import build_model, initial_variables, model_config
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.weights.checkpoint import Checkpoint, digest, load_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+SYNTHETIC_SEEDS = (0, 1)
+DATASETS = ("davis", "youtube_vos", "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything that was read and checked before the work begins."""
+
+    data: ConfigDict
+    videos: list[EvaluationVideo]
+    segmenter: VideoSegmenter
+    made_by: dict
+    workdir: Path
+    overwrite: bool
+    overlays: bool
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
+    """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
+    check_writable(workdir)
+    options = Options(**config.inference)
+    data = config.data.copy_and_resolve_references()
+    if data.dataset == "synthetic":
+        data.root = str(workdir / "synthetic")
+        synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
+    videos = _videos(data)
+    check_videos(videos, options.max_objects)
+    LOGGER.info(
+        "%d videos, %d frames of %s%s",
+        len(videos),
+        sum(len(video.frames) for video in videos),
+        data.root,
+        " (all frames, not every fifth)" if data.all_frames else "",
+    )
+
+    use_compilation_cache(config.compilation_cache)
+    checkpoint = _weights(config)
+    made_by = {
+        "weights": digest(checkpoint.variables),
+        "model": model_config(checkpoint.model),
+        "image_format": dataclasses.asdict(checkpoint.image_format),
+        "options": dataclasses.asdict(options),
+        "data": {key: data[key] for key in ("dataset", "year", "resolution", "all_frames")},
+    }
+    if not config.overwrite:
+        dataset.check_made_by(videos, workdir, made_by)
+    segmenter = VideoSegmenter.from_loaded(checkpoint, options)
+    return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
+
+
+def run(evaluation: Evaluation) -> None:
+    """Segments what is not finished; whoever finishes the last video scores and packs all."""
+    workdir, videos = evaluation.workdir, evaluation.videos
+    done = dataset.segment_videos(
+        evaluation.segmenter,
+        videos,
+        workdir,
+        evaluation.made_by,
+        evaluation.overwrite,
+        evaluation.overlays,
+    )
+    if done:
+        frames = sum(video.frames for video in done)
+        seconds = sum(video.seconds for video in done)
+        compute = sum(video.compute_seconds for video in done)
+        LOGGER.info(
+            "%d frames in %.1f s: %.2f per second with decoding and writing, %.2f without; "
+            "%d compilations",
+            frames,
+            seconds,
+            frames / seconds,
+            frames / compute,
+            evaluation.segmenter.num_compilations,
+        )
+    left = dataset.unfinished(videos, workdir)
+    if left:
+        LOGGER.info("other processes still work on %s; the last one scores", ", ".join(left))
+        return
+
+    results = dataset.results_folder(workdir)
+    names = [video.name for video in videos]
+    layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
+    write_zip(results, workdir / "submission.zip", layout, names)
+    LOGGER.info("wrote %s", workdir / "submission.zip")
+    score(evaluation.data, names, results, workdir)
+    if evaluation.overlays:
+        LOGGER.info("pictures of the masks: %s", workdir / "overlays")
+
+
+def score(data: ConfigDict, names: list[str], results: Path, output: Path) -> None:
+    """Writes the tables where the data set has truth, and shows them."""
+    report.remove_tables(output, data.split)
+    if data.dataset == "youtube_vos":
+        if data.split != "train":
+            LOGGER.info("the truth of YouTube-VOS %s is on its server: not scored", data.split)
+            return
+        scores = score_youtube_vos(data.root, results, data.split, names)
+        report.print_youtube_vos(scores)
+        report.write_youtube_vos_tables(scores, output)
+        return
+    if data.split.startswith("test"):
+        LOGGER.info("the truth of DAVIS %s is on its server: not scored", data.split)
+        return
+    scores = score_davis(data.root, results, data.year, data.split, data.resolution, names)
+    report.print_davis(scores)
+    for path in report.write_davis_tables(scores, output):
+        LOGGER.info("wrote %s", path)
+
+
+def _videos(data: ConfigDict) -> list[EvaluationVideo]:
+    if data.dataset not in DATASETS:
+        raise ValueError(f'config.data.dataset is "{data.dataset}"; expected one of {DATASETS}')
+    if not data.root:
+        raise ValueError("config.data.root is empty; expected the folder of the data set")
+    names = [name.strip() for name in data.sequences.split(",") if name.strip()] or None
+    if data.dataset == "youtube_vos":
+        return youtube_vos.evaluation_videos(data.root, data.split, data.all_frames, names)
+    return davis.evaluation_videos(data.root, data.year, data.split, data.resolution, names)
+
+
+def _weights(config: ConfigDict) -> Checkpoint:
+    if config.checkpoint:
+        return load_checkpoint(config.checkpoint)
+    if not config.untrained:
+        raise ValueError(
+            "config.checkpoint is empty; expected a checkpoint folder (config.untrained=True runs "
+            "with random weights)"
+        )
+    LOGGER.warning("UNTRAINED network: random weights, so the masks and scores mean nothing")
+    model = build_model(config.model)
+    return Checkpoint(model, initial_variables(model, config.seed), IMAGENET_FORMAT)

@@ -1,0 +1,1 @@
+"""Masks and ground truth to scores; results to submissions. Imports no JAX."""

@@ -1,0 +1,111 @@
+"""Scores a folder of predicted masks as the official DAVIS 2017 tool does (semi-supervised).
+
+The first and the last frame of a sequence are left out, and means run over the objects of all
+sequences. DAVIS 2016 follows the same rules with one object per sequence: both masks are binarised
+(`> 0`), so that its 0 / 255 files hold no void. In DAVIS 2017, void (255) in the truth belongs to
+no object and is not otherwise ignored.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfbi_jax.data.davis import evaluation_videos
+from cfbi_jax.data.videos import EvaluationVideo, read_label
+from cfbi_jax.evaluation import metrics, predictions
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of a DAVIS split: `objects` in the order of its list, and the means over objects."""
+
+    year: int
+    split: str
+    objects: tuple[metrics.ObjectScores, ...]
+    region: metrics.Statistics
+    boundary: metrics.Statistics
+
+    @property
+    def j_and_f(self) -> float:
+        return (self.region.mean + self.boundary.mean) / 2
+
+
+def score_davis(
+    root: str | Path,
+    results: str | Path,
+    year: int = 2017,
+    split: str = "val",
+    resolution: str = "480p",
+    sequences: Sequence[str] | None = None,
+    num_threads: int | None = None,
+) -> Scores:
+    """Scores `results/<sequence>/<frame>.png` against the truth of a DAVIS folder.
+
+    Every file is looked for, and its header read, before the first frame is scored. Nothing is
+    cached: a second call reads everything again.
+
+    Args:
+      root: the DAVIS folder.
+      results: folder of the predicted masks. Only scored frames are needed and read.
+      year: 2016 or 2017.
+      split: name of the list in `ImageSets/<year>`.
+      resolution: name of the folder under `Annotations` and `JPEGImages`.
+      sequences: scores only these of the list; None scores all.
+      num_threads: None takes one per core.
+
+    Raises:
+      FileNotFoundError: for a missing list, folder, frame, true mask (as in test-dev) or
+        prediction.
+      ValueError: for an unknown year or sequence, a prediction of another kind or size, or one that
+        holds an id above the number of objects.
+    """
+    results = Path(results)
+    if not results.is_dir():
+        raise FileNotFoundError(f"{results}: no such folder of predicted masks")
+    videos = evaluation_videos(root, year, split, resolution, sequences)
+    pairs = {video.name: _frame_pairs(video, results) for video in videos}
+    all_pairs = [pair for own in pairs.values() for pair in own]
+    if not all_pairs:
+        raise ValueError(f"{root}: asked for no sequence, expected some of split {split!r}")
+    predictions.check_files(all_pairs, num_threads)
+    scores = iter(predictions.score_frames(all_pairs, num_threads))
+
+    objects = []
+    for name, own in pairs.items():
+        objects += predictions.group_scores(name, own, [next(scores) for _ in own])
+    return Scores(
+        year=year,
+        split=split,
+        objects=tuple(objects),
+        region=metrics.mean_statistics([o.region_statistics for o in objects]),
+        boundary=metrics.mean_statistics([o.boundary_statistics for o in objects]),
+    )
+
+
+def _frame_pairs(video: EvaluationVideo, results: Path) -> list[predictions.FramePair]:
+    """Returns a sequence's frames without the first and the last, each with all its objects."""
+    if not video.truth:
+        raise FileNotFoundError(
+            f"{video.given[0].parent}: only the first mask is there; a split whose truth is not "
+            "public, such as test-dev, can only be scored by its server"
+        )
+    if len(video.frames) < 3:
+        raise ValueError(
+            f"{video.frames[0].parent}: has {len(video.frames)} frames, expected at least 3, since "
+            "the first and the last are not scored"
+        )
+    first_mask = read_label(video, video.truth[0])
+    if not first_mask.any():
+        raise ValueError(f"{video.truth[0]}: an empty first mask; expected an object in it")
+    object_ids = tuple(range(1, int(first_mask.max()) + 1))
+    return [
+        predictions.FramePair(
+            prediction=results / video.name / f"{frame.stem}.png",
+            truth=video.truth[i],
+            object_ids=object_ids,
+            allowed_ids=frozenset(object_ids),
+            binary=video.reading == "binary",
+        )
+        for i, frame in enumerate(video.frames[:-1])
+        if i > 0
+    ]

@@ -1,0 +1,154 @@
+"""Predicted masks on disk next to their truth: checked before scoring, then scored on all cores."""
+
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+from cfbi_jax.data.image_files import image_size, read_mask
+from cfbi_jax.evaluation import metrics
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# J and F of a frame's objects; the number of objects differs from frame to frame, hence no name.
+FrameScores = tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
+
+ID_MODES = ("P", "L", "1", "I;16", "I")
+"""Pillow's names of the pixel formats that can hold ids: palette and grey."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FramePair:
+    """One frame to score: a predicted mask, the true one, and which objects count.
+
+    Attributes:
+      prediction: path of the predicted PNG.
+      truth: path of the true PNG.
+      object_ids: objects scored in this frame.
+      allowed_ids: ids the prediction may hold besides 0; any other is an error.
+      binary: both masks are object 1 wherever they are not 0 (DAVIS 2016).
+    """
+
+    prediction: Path
+    truth: Path
+    object_ids: tuple[int, ...]
+    allowed_ids: frozenset[int]
+    binary: bool = False
+
+
+def check_files(pairs: Sequence[FramePair], num_threads: int | None = None) -> None:
+    """Opens the header of every file, so that a bad folder stops before anything is scored.
+
+    Raises:
+      FileNotFoundError: when a mask is missing; counts the missing ones and names the first.
+      ValueError: when a prediction is not a PNG of ids, or of another size than its truth.
+    """
+    for name, paths in (
+        ("true masks of scored frames", [pair.truth for pair in pairs]),
+        ("predictions", [pair.prediction for pair in pairs]),
+    ):
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(paths)} {name} are missing, first: {missing[0]}"
+            )
+    _thread_map(_check_header, pairs, num_threads)
+
+
+def score_frames(pairs: Sequence[FramePair], num_threads: int | None = None) -> list[FrameScores]:
+    """Reads and scores every pair; see `metrics.score_objects` for the values.
+
+    Threads, not processes: decoding and nearly all array work release the interpreter lock, and
+    threads need neither start-up time (on two cores they were faster for it) nor a guarded
+    `__main__`.
+
+    Args:
+      pairs: the frames.
+      num_threads: None takes one per core.
+
+    Raises:
+      ValueError: when a prediction holds an id that is not allowed, or a file is not a mask.
+    """
+    return _thread_map(_score_pair, pairs, num_threads)
+
+
+def group_scores(
+    sequence: str,
+    pairs: Sequence[FramePair],
+    scores: Sequence[FrameScores],
+) -> list[metrics.ObjectScores]:
+    """Turns one sequence's scores per frame into scores per object, by ascending id.
+
+    Args:
+      sequence: its name.
+      pairs: its scored frames, in order.
+      scores: what `score_frames` returned for `pairs`.
+    """
+    frames, region, boundary = defaultdict(list), defaultdict(list), defaultdict(list)
+    for pair, (frame_region, frame_boundary) in zip(pairs, scores, strict=True):
+        for i, object_id in enumerate(pair.object_ids):
+            frames[object_id].append(pair.truth.stem)
+            region[object_id].append(frame_region[i])
+            boundary[object_id].append(frame_boundary[i])
+    return [
+        metrics.ObjectScores(
+            sequence=sequence,
+            object_id=object_id,
+            frames=tuple(frames[object_id]),
+            region=np.array(region[object_id]),
+            boundary=np.array(boundary[object_id]),
+        )
+        for object_id in sorted(frames)
+    ]
+
+
+def ids_in(label: UInt8[np.ndarray, "height width"]) -> list[int]:
+    """Returns the values of a label map in ascending order, 0 included."""
+    # cv2's histogram is several times faster than np.unique or np.bincount; its floats count
+    # exactly up to 2^24 pixels and never drop to 0 beyond.
+    return np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()
+
+
+def _check_header(pair: FramePair) -> None:
+    expected, found = image_size(pair.truth), image_size(pair.prediction)
+    with Image.open(pair.prediction) as image:
+        kind, mode = image.format, image.mode
+    if kind != "PNG" or mode not in ID_MODES:
+        raise ValueError(
+            f"{pair.prediction}: expected a palette or grey PNG whose pixels are object ids, found "
+            f"{kind} with pixels of type {mode!r}"
+        )
+    if found != expected:
+        raise ValueError(
+            f"{pair.prediction}: size is {found} (height, width), its truth has {expected}"
+        )
+
+
+def _score_pair(
+    pair: FramePair,
+) -> FrameScores:
+    prediction, truth = read_mask(pair.prediction), read_mask(pair.truth)
+    if pair.binary:
+        prediction, truth = (prediction > 0).view(np.uint8), (truth > 0).view(np.uint8)
+    wrong = set(ids_in(prediction)) - pair.allowed_ids - {0}
+    if wrong:
+        raise ValueError(
+            f"{pair.prediction}: holds object id {min(wrong)}, but the objects of this video are "
+            f"{sorted(pair.allowed_ids)}"
+        )
+    return metrics.score_objects(prediction, truth, pair.object_ids)
+
+
+def _thread_map(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int | None
+) -> list[Result]:
+    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,1 @@
+"""Parameters and a video in, masks out."""

@@ -1,0 +1,219 @@
+"""Segments the videos of a data set into a folder of PNGs; resumes, and shares the work.
+
+    OUT/Annotations/<video>/00000.png   the results
+    OUT/segmented/<video>.json          written last: the video is finished, and what made it
+    OUT/segmented/<video>.lock          held (flock) by the process that works on the video
+
+Several processes, on one host or on several that share the folder, can run the same command: each
+takes the next video that nobody holds. A lock goes with its process, so nothing has to be cleaned
+up after a crash, and a video without its JSON file is done again.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from cfbi_jax.data.image_files import VOC_PALETTE, read_frame, read_palette, write_file, write_image
+from cfbi_jax.data.videos import EvaluationVideo, read_given
+from cfbi_jax.inference.segmenter import VideoSegmenter
+from cfbi_jax.inference.video import MaskWriter, overlay
+
+LOGGER = logging.getLogger(__name__)
+
+OVERLAY_FRAMES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmented:
+    """One finished video. compute_seconds: the sum of its frames' computations alone; seconds:
+    with decoding and writing as well, from its first frame to its last file."""
+
+    name: str
+    frames: int
+    seconds: float
+    compute_seconds: float
+
+
+def results_folder(output: Path) -> Path:
+    return output / "Annotations"
+
+
+def segment_videos(
+    segmenter: VideoSegmenter,
+    videos: Sequence[EvaluationVideo],
+    output: Path,
+    made_by: Mapping,
+    overwrite: bool = False,
+    overlays: bool = False,
+) -> list[Segmented]:
+    """Segments all videos that are not finished and that no other process holds.
+
+    Args:
+      made_by: what the results depend on, JSON values; stored with every finished video.
+      overwrite: do finished videos again.
+      overlays: also write OUT/overlays/<video>.png, a strip of a few frames.
+
+    Returns the videos that this process did. Raises ValueError, before anything is computed, where
+    finished videos were made by something else.
+    """
+    if not overwrite:
+        check_made_by(videos, output, made_by)
+    records = output / "segmented"
+    records.mkdir(parents=True, exist_ok=True)
+    done: list[Segmented] = []
+    with _Meter(videos) as meter:
+        for video in videos:
+            record = records / f"{video.name}.json"
+            with _hold(records / f"{video.name}.lock") as held:
+                if not held or (record.exists() and not overwrite):
+                    reason = "finished before" if held else "another process is at work on it"
+                    LOGGER.info("%s: %s", video.name, reason)
+                    meter.skip(video)
+                    continue
+                record.unlink(missing_ok=True)
+                result = _segment_video(segmenter, video, output, overlays, meter)
+                content = {**dataclasses.asdict(result), "made_by": _plain(made_by)}
+                write_file(record, json.dumps(content, indent=1).encode())
+            done.append(result)
+            LOGGER.info(
+                "%s: %d frames, %.2f per second with decoding and writing, %.2f without; %s",
+                result.name,
+                result.frames,
+                result.frames / result.seconds,
+                result.frames / max(result.compute_seconds, 1e-9),
+                meter.remaining(),
+            )
+    return done
+
+
+def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapping) -> None:
+    """Raises ValueError, with a list of the differences, if finished videos in `output` were made
+    by something else than `made_by`."""
+    made_by = _plain(made_by)
+    for video in videos:
+        record = output / "segmented" / f"{video.name}.json"
+        if not record.exists():
+            continue
+        found = json.loads(record.read_text())["made_by"]
+        different = [
+            f"{key}: {found.get(key)!r} there, {made_by.get(key)!r} now"
+            for key in sorted(set(found) | set(made_by))
+            if found.get(key) != made_by.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{record}: the finished results were made by something else:\n  "
+                + "\n  ".join(different)
+                + "\nchoose another --workdir, or --config.overwrite=True to replace them"
+            )
+
+
+def _plain(made_by: Mapping) -> dict:
+    """As it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(dict(made_by)))
+
+
+def unfinished(videos: Sequence[EvaluationVideo], output: Path) -> list[str]:
+    """Names of the videos without a finished result: those that other processes still work on."""
+    return [v.name for v in videos if not (output / "segmented" / f"{v.name}.json").exists()]
+
+
+def _segment_video(
+    segmenter: VideoSegmenter,
+    video: EvaluationVideo,
+    output: Path,
+    overlays: bool,
+    meter: "_Meter",
+) -> Segmented:
+    start = time.perf_counter()
+    masks = {index: read_given(video, index) for index in sorted(video.given)}
+    palette = read_palette(video.given[min(video.given)])
+    if palette is None or video.reading == "binary":
+        palette = VOC_PALETTE
+    folder = results_folder(output) / video.name
+    folder.mkdir(parents=True, exist_ok=True)
+    save, pictures, times = set(video.save), [], []
+    pictured = _spread(len(video.frames), OVERLAY_FRAMES) if overlays else set()
+    frames = (read_frame(path) for path in video.frames)
+    with MaskWriter() as writer:
+        for index, label in enumerate(segmenter.segment(frames, masks, times=times)):
+            path = video.frames[index]
+            if index in save:
+                writer.write(folder / f"{path.stem}.png", label, palette)
+            if index in pictured:
+                pictures.append(overlay(read_frame(path), label))
+            meter.frame(video)
+    if pictures:
+        write_image(output / "overlays" / f"{video.name}.png", np.concatenate(pictures, axis=1))
+    seconds = time.perf_counter() - start
+    return Segmented(video.name, len(video.frames), seconds, sum(times))
+
+
+def _spread(count: int, wanted: int) -> set[int]:
+    """`wanted` indices from the first to the last of `count`."""
+    return set(np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist())
+
+
+class _Meter:
+    """Frames per second and time left: a bar on a terminal, else a log line now and then."""
+
+    LOG_EVERY_SECONDS = 60
+
+    def __init__(self, videos: Sequence[EvaluationVideo]):
+        self._left = sum(len(video.frames) for video in videos)
+        self._done = 0
+        self._start = self._logged = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            disable=not rich.get_console().is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=self._left, rate="")
+
+    def __enter__(self) -> "_Meter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def skip(self, video: EvaluationVideo) -> None:
+        self._left -= len(video.frames)
+        self._bar.update(self._task, total=self._left + self._done)
+
+    def frame(self, video: EvaluationVideo) -> None:
+        self._done += 1
+        self._left -= 1
+        now = time.perf_counter()
+        self._bar.update(self._task, advance=1, description=video.name, rate=self.remaining())
+        if self._bar.disable and now - self._logged > self.LOG_EVERY_SECONDS:
+            self._logged = now
+            LOGGER.info("%s: under way; %s", video.name, self.remaining())
+
+    def remaining(self) -> str:
+        rate = self._done / (time.perf_counter() - self._start)
+        return f"{rate:.2f} frames per second overall, {self._left / rate:.0f} s left"
+
+
+@contextmanager
+def _hold(path: Path) -> Iterator[bool]:
+    """Holds the lock file at `path` if no other process does; yields whether it does."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

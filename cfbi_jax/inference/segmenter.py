@@ -1,0 +1,497 @@
+"""`VideoSegmenter`: propagates the masks of given frames through a video, frame by frame.
+
+What the network remembers of a video is an explicit, immutable `State`; two jitted functions do
+the work, and everything else here is bookkeeping between a user's ids and the network's rows.
+
+    frame --> embed ------------> features ---+--> predict --> label, probabilities
+                                   State -----+        |
+                                     ^                 v
+                                     +---- remember (previous frame; a reference if it came
+                                                     with a mask)
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+from cfbi_jax.compilation import DEFAULT, use_compilation_cache
+from cfbi_jax.data.image_files import check_label
+from cfbi_jax.inference import test_time
+from cfbi_jax.inference.test_time import View
+from cfbi_jax.inference.video import prefetch
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.images import ImageFormat
+from cfbi_jax.models.layers import resize_labels
+from cfbi_jax.models.matching import NOBODY
+from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Frame = UInt8[np.ndarray, "height width 3"]
+Label = UInt8[np.ndarray, "height width"]
+Probabilities = Float[np.ndarray, "rows height width"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a video is segmented. The defaults are exact; what trades exactness is off.
+
+    scales: test scales; their probabilities are averaged at the video's own size.
+    flip: adds the mirror image of every scale.
+    max_long_edge: limit of the long edge in pixels before the scale applies; None: 1040 for a
+        single scale, 800 for several, as released.
+    global_atrous_rate, local_atrous_rate: match with every r-th row and column of pixels only.
+    compute_dtype: of the convolutions; matching_dtype: of the embedding distances. float32,
+        bfloat16 or float16.
+    max_references: how many frames with masks one video may have; more is an error.
+    max_objects: None, as many as the masks have. A number: rows are always padded to it, so that
+        one compilation serves any video, and more objects are an error.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    max_long_edge: int | None = None
+    global_atrous_rate: int = 1
+    local_atrous_rate: int = 1
+    matching_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    max_references: int = 32
+    max_objects: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales is {self.scales}; expected one or more positive numbers")
+        for name in ("global_atrous_rate", "local_atrous_rate", "max_references"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("matching_dtype", "compute_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f'{name} is "{getattr(self, name)}"; expected one of {DTYPES}')
+        for name in ("max_objects", "max_long_edge"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected None or 1 or more")
+
+
+# ------------------------------------------------------------------------------------- the state
+
+
+@struct.dataclass
+class ViewState:
+    """What one view remembers, at its embedding's size. Labels hold rows; 255 is nobody's.
+
+    Only the first `State.num_references` references count.
+    """
+
+    reference: Float[Array, "r h w c"]
+    reference_label: UInt8[Array, "r h w"]
+    previous: Float[Array, "1 h w c"]
+    previous_label: UInt8[Array, "1 h w"]
+
+
+@struct.dataclass
+class State:
+    views: tuple[ViewState, ...]
+    num_references: Int[Array, ""] | int
+
+
+Features = tuple[tuple[Float[Array, "1 h w c"], Float[Array, "1 h w low"]], ...]  # one per view
+
+
+def padded_rows(num_objects: int) -> int:
+    """Rows (1 + objects) that are compiled for: exact up to 8 objects, then in steps of 4."""
+    if num_objects > 8:
+        num_objects = -(-num_objects // 4) * 4
+    return 1 + num_objects
+
+
+def padded_references(count: int) -> int:
+    """References that are compiled for: 1, 2, 3, 4, then in steps of 4."""
+    return count if count <= 4 else -(-count // 4) * 4
+
+
+class VideoSegmenter:
+    """Segments the objects of given masks in every frame of a video.
+
+    segmenter = VideoSegmenter.from_checkpoint(path, scales=(1.0, 1.15), flip=True)
+    for label in segmenter.segment(frames, {0: mask}):        # a whole video
+        ...
+    segmenter.start(frame, mask)                              # or frame by frame
+    label = segmenter.step(frame)
+    label = segmenter.step(frame, mask=new_objects)
+
+    Frames are uint8 [height, width, 3] in RGB. Masks and labels are uint8 [height, width]: 0 is the
+    background, any other value is an object's id; ids may have gaps. A mask may come with any
+    frame; where it is not 0 it overrides the prediction, for new objects and for corrections.
+    """
+
+    def __init__(
+        self,
+        model: CFBI,
+        variables: Mapping,
+        image_format: ImageFormat,
+        options: Options | None = None,
+    ):
+        self.options = options or Options()
+        self.image_format = image_format
+        self.model = model.clone(
+            global_atrous_rate=self.options.global_atrous_rate,
+            local_atrous_rate=self.options.local_atrous_rate,
+            compute_dtype=jnp.dtype(self.options.compute_dtype).type,
+            matching_dtype=jnp.dtype(self.options.matching_dtype).type,
+        )
+        self.variables = jax.device_put(variables)
+        self.num_compilations = 0
+        self._embed = jax.jit(self._embed_views, static_argnames="views")
+        self._predict = jax.jit(
+            self._predict_views, static_argnames=("views", "num_rows", "with_probabilities")
+        )
+        self._video: _Video | None = None
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, *, compilation_cache: str | None = DEFAULT, **options
+    ) -> "VideoSegmenter":
+        """Loads a checkpoint folder. `options` are the fields of `Options`.
+
+        `compilation_cache` is the folder where compiled programs are kept between runs ("default":
+        see `compilation.use_compilation_cache`; None: nowhere).
+        """
+        use_compilation_cache(compilation_cache)
+        return cls.from_loaded(load_checkpoint(path), Options(**options))
+
+    @classmethod
+    def from_loaded(cls, checkpoint: Checkpoint, options: Options) -> "VideoSegmenter":
+        """The same from what `load_checkpoint` returned."""
+        return cls(checkpoint.model, checkpoint.variables, checkpoint.image_format, options)
+
+    # ------------------------------------------------------------------------ a video at once
+
+    def segment(
+        self,
+        frames: Iterable[Frame],
+        masks: Mapping[int, Label],
+        return_probabilities: bool = False,
+        times: list[float] | None = None,
+    ) -> Iterator[Label] | Iterator[tuple[Label, Probabilities]]:
+        """Yields one label per frame, in order; a frame's given mask is part of its label.
+
+        Memory does not grow with the video: frames are read, by a thread, two ahead of the
+        computation, which is one ahead of the consumer. Frames before the first mask are
+        background.
+
+        Args:
+          frames: RGB frames, all of one size.
+          masks: the given masks by frame index; at least one must hold an object.
+          return_probabilities: yields (label, float32 [1 + objects, height, width]): background,
+            then the ids known so far in ascending order. Given pixels are certain.
+          times: if a list is passed, the seconds that each frame's computation took are appended.
+
+        Raises:
+          ValueError: a mask that is no label map or has another size than the frames, no object
+            in any mask, a frame of another size, more objects or references than the options
+            allow, a mask for a frame that does not come.
+        """
+        masks = {int(i): check_label(mask, f"mask of frame {i}") for i, mask in masks.items()}
+        self._check_masks(masks)
+        return self._segment(frames, masks, return_probabilities, times)
+
+    def _segment(self, frames, masks, return_probabilities, times):
+        video, waiting, count = _Video(self, return_probabilities), None, 0
+        clock = _Clock(times)
+        first = min(masks)
+        for index, frame in enumerate(prefetch(frames)):
+            count += 1
+            result = (
+                video.background(frame) if index < first else video.advance(frame, masks.get(index))
+            )
+            clock.dispatched()
+            if waiting is not None:
+                yield clock.fetch(waiting)
+            waiting = result
+        if waiting is not None:
+            yield clock.fetch(waiting)
+        missed = sorted(index for index in masks if index >= count)
+        if missed:
+            raise ValueError(f"masks were given for frames {missed}, the video has {count} frames")
+
+    # ----------------------------------------------------------------------------- frame by frame
+
+    def start(self, frame: Frame, mask: Label) -> Label:
+        """Begins a new video and forgets the last one. Returns the mask, its label."""
+        mask = check_label(mask, "mask of frame 0")
+        self._check_masks({0: mask}, empty_allowed=True)
+        self._video = _Video(self, with_probabilities=False)
+        return self._video.advance(frame, mask).fetch()
+
+    def step(self, frame: Frame, mask: Label | None = None) -> Label:
+        """The label of the next frame of the video that `start` began."""
+        if self._video is None:
+            raise ValueError("step was called before start")
+        if mask is not None:
+            mask = check_label(mask, f"mask of frame {self._video.index}")
+        return self._video.advance(frame, mask).fetch()
+
+    def _check_masks(self, masks: Mapping[int, Label], empty_allowed: bool = False) -> None:
+        ids = set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0}
+        if not ids and not empty_allowed:
+            raise ValueError("no mask holds an object: every pixel given is background (0)")
+        self.check_object_count(len(ids))
+
+    def check_object_count(self, count: int) -> None:
+        limit = self.options.max_objects
+        if limit is not None and count > limit:
+            raise ValueError(
+                f"the masks hold {count} objects, and max_objects is {limit}: no row is left for "
+                f"{count - limit} of them; raise max_objects or leave it None"
+            )
+
+    # -------------------------------------------------------------------------- jitted functions
+
+    def _embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
+        self._log_compilation("embedding", frame.shape[:2], views)
+        return tuple(
+            self.model.apply(
+                variables,
+                test_time.view_frame(frame, view, self.image_format),
+                method=CFBI.embed,
+            )
+            for view in views
+        )
+
+    def _predict_views(
+        self,
+        variables,
+        state: State,
+        features: Features,
+        given: UInt8[Array, "height width"],
+        num_objects: Int[Array, ""],
+        views: tuple[View, ...],
+        num_rows: int,
+        with_probabilities: bool,
+    ) -> tuple[UInt8[Array, "height width"], Float[Array, "rows height width"] | None]:
+        """(rows of all pixels, given ones included; probabilities of the prediction)."""
+        size = given.shape
+        references = state.views[0].reference.shape[0]
+        self._log_compilation(f"{num_rows - 1} objects, {references} references", size, views)
+        total = jnp.zeros((num_rows, *size))
+        for view, view_state, (current, low_level) in zip(
+            views, state.views, features, strict=True
+        ):
+            logits = self.model.apply(
+                variables,
+                view_state.reference[None],
+                view_state.reference_label[None],
+                jnp.full(1, state.num_references),
+                view_state.previous,
+                view_state.previous_label,
+                current,
+                low_level,
+                num_objects[None],
+                num_rows,
+                method=CFBI.segment,
+            )
+            total += test_time.view_probabilities(logits, view, size, num_objects)
+        probabilities = total / len(views)
+        label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
+        joined = jnp.where(given > 0, given, label)
+        return joined, probabilities if with_probabilities else None
+
+    def _log_compilation(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
+        # Python runs the body of a jitted function exactly when a new program is compiled.
+        self.num_compilations += 1
+        seen = ", ".join(
+            f"{view.size[0]} x {view.size[1]}{' mirrored' if view.mirrored else ''}"
+            for view in views
+        )
+        LOGGER.info(
+            "compilation %d: %s, video %d x %d, network %s",
+            self.num_compilations,
+            what,
+            *size,
+            seen,
+        )
+
+
+class _Clock:
+    """How long computing each frame took, although the next one is already under way."""
+
+    def __init__(self, times: list[float] | None):
+        self._times = times
+        self._ready = 0.0
+        self._dispatched: list[float] = []
+
+    def dispatched(self) -> None:
+        self._dispatched.append(time.perf_counter())
+
+    def fetch(self, result: "_Result"):
+        fetched = result.fetch()
+        now = time.perf_counter()
+        started = max(self._dispatched.pop(0), self._ready)
+        if self._times is not None:
+            self._times.append(now - started)
+        self._ready = now
+        return fetched
+
+
+@dataclasses.dataclass
+class _Result:
+    """One frame's label and probabilities, perhaps still being computed, in rows."""
+
+    rows: Array | np.ndarray
+    probabilities: Array | None
+    given: np.ndarray | None
+    ids: tuple[int, ...]  # of rows 1, 2, ...; some may be newer than the probabilities
+    with_probabilities: bool
+
+    def fetch(self) -> Label | tuple[Label, Probabilities]:
+        """Waits for the computation; rows become ids."""
+        ids = np.array((0, *self.ids), np.uint8)
+        label = ids[np.asarray(self.rows)]
+        if not self.with_probabilities:
+            return label
+        probabilities = np.zeros((len(ids), *label.shape), np.float32)
+        if self.probabilities is None:
+            probabilities[0] = 1
+        else:
+            known = min(len(ids), self.probabilities.shape[0])
+            probabilities[:known] = np.asarray(self.probabilities)[:known]
+        if self.given is not None:
+            rows = np.arange(len(ids))[:, None, None]
+            probabilities = np.where(self.given > 0, self.given == rows, probabilities)
+        return label, probabilities[np.argsort(ids)].astype(np.float32)
+
+
+class _Video:
+    """One video under way: the network's state and which row holds which id."""
+
+    def __init__(self, segmenter: VideoSegmenter, with_probabilities: bool):
+        self._segmenter = segmenter
+        self._with_probabilities = with_probabilities
+        self._views: tuple[View, ...] = ()
+        self._size: tuple[int, int] | None = None
+        self._state: State | None = None
+        self._ids: tuple[int, ...] = ()  # in order of appearance; row 0 is the background
+        self.index = 0  # of the next frame
+
+    def background(self, frame: Frame) -> _Result:
+        """A frame before the first mask: there is nothing to look for yet."""
+        self._check_frame(frame)
+        self.index += 1
+        return self._result(np.zeros(self._size, np.uint8), None, None)
+
+    def advance(self, frame: Frame, mask: Label | None) -> _Result:
+        """Dispatches the computation of the next frame and takes it into the state."""
+        self._check_frame(frame)
+        self._check_mask(mask)
+        segmenter = self._segmenter
+        known = len(self._ids)
+        given = None if mask is None else self._to_rows(mask)
+        features = segmenter._embed(segmenter.variables, frame, views=self._views)
+
+        probabilities = None
+        if self._state is None or known == 0:  # nothing to predict but background
+            rows = np.zeros(self._size, np.uint8) if given is None else given
+        else:
+            limit = segmenter.options.max_objects
+            rows, probabilities = segmenter._predict(
+                segmenter.variables,
+                self._state,
+                features,
+                np.zeros(self._size, np.uint8) if given is None else given,
+                np.int32(known),
+                views=self._views,
+                num_rows=padded_rows(known) if limit is None else 1 + limit,
+                with_probabilities=self._with_probabilities,
+            )
+        self._remember(features, rows, as_reference=given is not None)
+        self.index += 1
+        return self._result(rows, probabilities, given)
+
+    def _result(self, rows, probabilities, given) -> _Result:
+        return _Result(rows, probabilities, given, self._ids, self._with_probabilities)
+
+    def _check_frame(self, frame: Frame) -> None:
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
+            found = f"{getattr(frame, 'dtype', type(frame))} {getattr(frame, 'shape', '')}"
+            raise ValueError(f"frame {self.index} is {found}; expected uint8 [height, width, 3]")
+        if frame.shape[2] != 3:
+            raise ValueError(f"frame {self.index} has {frame.shape[2]} channels; expected 3, RGB")
+        size = frame.shape[:2]
+        if self._size is None:
+            options = self._segmenter.options
+            self._size = size
+            self._views = test_time.views_of(
+                size, options.scales, options.flip, options.max_long_edge
+            )
+        if size != self._size:
+            raise ValueError(
+                f"frame {self.index} has {size[0]} x {size[1]} pixels; expected "
+                f"{self._size[0]} x {self._size[1]} as before"
+            )
+
+    def _check_mask(self, mask: Label | None) -> None:
+        if mask is None:
+            return
+        if mask.shape != self._size:
+            raise ValueError(
+                f"the mask of frame {self.index} has {mask.shape[0]} x {mask.shape[1]} pixels; "
+                f"expected {self._size[0]} x {self._size[1]} as its frame"
+            )
+        ids = set(np.unique(mask).tolist()) - {0}
+        self._segmenter.check_object_count(len(ids | set(self._ids)))
+        limit = self._segmenter.options.max_references
+        if self._state is not None and self._state.num_references >= limit:
+            raise ValueError(
+                f"the mask of frame {self.index} is number {limit + 1} of this video, and "
+                f"max_references is {limit}: raise max_references (time and memory grow with it)"
+            )
+
+    def _to_rows(self, mask: Label) -> Label:
+        """Ids -> rows; new ids get the next rows."""
+        new = [i for i in np.unique(mask).tolist() if i and i not in self._ids]
+        self._ids += tuple(new)
+        table = np.zeros(256, np.uint8)
+        table[list(self._ids)] = np.arange(1, len(self._ids) + 1)
+        return table[mask]
+
+    def _remember(self, features: Features, rows, as_reference: bool) -> None:
+        """The frame becomes the previous one, and one more reference if it came with a mask."""
+        views = []
+        old = self._state
+        count = old.num_references if old else 0
+        for i, (view, (embedding, _)) in enumerate(zip(self._views, features, strict=True)):
+            label = _small_label(rows, embedding.shape[1:3], view.mirrored)
+            reference = old.views[i].reference if old else embedding[:0]
+            reference_label = old.views[i].reference_label if old else label[:0]
+            if as_reference:
+                reference = _append(reference, embedding, count)
+                reference_label = _append(reference_label, label, count, NOBODY)
+            views.append(ViewState(reference, reference_label, embedding, label))
+        self._state = State(tuple(views), count + as_reference)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _small_label(
+    rows: UInt8[Array, "height width"], size: tuple[int, int], mirrored: bool
+) -> UInt8[Array, "1 h w"]:
+    return resize_labels(test_time.mirror(rows, mirrored)[None], size)
+
+
+def _append(stack: Array, item: Array, count: int, fill: int = 0) -> Array:
+    """`item` [1, ...] at position `count` of `stack`, which grows to the next padded size."""
+    missing = padded_references(count + 1) - stack.shape[0]
+    if missing > 0:
+        stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1), constant_values=fill)
+    return stack.at[count].set(item[0])

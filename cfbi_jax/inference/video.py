@@ -1,0 +1,202 @@
+"""Frames in, masks and pictures out, while the computation goes on."""
+
+import os
+import queue
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from cfbi_jax.data import image_files
+from cfbi_jax.data.image_files import VOC_PALETTE
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """Yields `items` in order while a thread already fetches the next ones, at most `depth`.
+
+    An error of `items` is raised after the items before it. A consumer that stops early (closes or
+    drops this generator) ends the thread, and `items` is closed if it is a generator; that waits
+    for the item being fetched.
+
+    Errors: ValueError for a depth below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth of {depth}; expected 1 or more")
+    return _prefetch(items, depth)
+
+
+def _prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    # Each entry is (item, None), or (None, error) at the end, StopIteration being the good one.
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        try:
+            iterator = iter(items)
+            while not stopped.is_set():
+                ready.put((next(iterator), None))
+            close = getattr(iterator, "close", None)
+            if close is not None:
+                close()
+        except BaseException as error:  # handed to the consumer, whatever it is
+            ready.put((None, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        # The thread may wait for room in the queue, for an item and then once more for an error.
+        while thread.is_alive():
+            while not ready.empty():
+                ready.get_nowait()
+            thread.join(timeout=0.01)
+
+
+def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """The RGB frames of a folder of pictures or of a video file, one at a time.
+
+    A folder's frames come in the order of the numbers in their names; their sizes are checked
+    here, before the first one is read. A video file is turned upright if it says how.
+
+    Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
+    no video or picture, a frame of another size, a video file that ends too early.
+    """
+    source = Path(source)
+    if source.is_dir():
+        paths = image_files.list_frames(source)
+        size = image_files.image_size(paths[0])
+        for path in paths:
+            _check_frame_size(path.name, image_files.image_size(path), size, source)
+        return (image_files.read_frame(path) for path in paths)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such folder of frames or video file")
+    capture = cv2.VideoCapture(str(source))
+    if not capture.isOpened():
+        raise ValueError(f"{source}: no video that can be read; expected e.g. an mp4 file")
+    return _decode_video(capture, source)
+
+
+def _decode_video(
+    capture: cv2.VideoCapture, source: Path
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Yields the RGB frames of an opened video file and releases it."""
+    try:
+        stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 or less: not known
+        decoded, size = 0, None
+        while True:
+            good, bgr = capture.read()
+            if not good:
+                break
+            size = size or bgr.shape[:2]
+            _check_frame_size(f"frame {decoded}", bgr.shape[:2], size, source)
+            decoded += 1
+            yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        # The end and a damaged place look the same here. Some containers only estimate the number.
+        if decoded == 0 or decoded < 0.9 * stated:
+            raise ValueError(f"{source}: only {decoded} frames can be read; it states {stated}")
+    finally:
+        capture.release()
+
+
+def _check_frame_size(
+    frame: str, size: tuple[int, int], expected: tuple[int, int], source: Path
+) -> None:
+    if size != expected:
+        raise ValueError(
+            f"{source}: {frame} has {size[0]} x {size[1]} pixels (height x width); expected"
+            f" {expected[0]} x {expected[1]} as in the first frame"
+        )
+
+
+class MaskWriter:
+    """Writes masks in a few threads, so that the computation need not wait for PNG files.
+
+        with MaskWriter() as writer:
+            writer.write(path, label)
+
+    At most `pending` masks wait; `write` blocks then, which bounds the memory. An error in writing
+    is raised by a later `write`, or at the end of the block, which waits for all masks. When the
+    block ends by an error, masks that wait are dropped and that error goes on.
+    """
+
+    def __init__(self, threads: int = 2, pending: int = 16):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mask-writer")
+        self._pending: deque[Future[None]] = deque()
+        self._limit = pending
+
+    def write(
+        self,
+        path: Path | str,
+        label: UInt8[np.ndarray, "height width"],
+        palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
+    ) -> None:
+        """Hands a mask over; see `image_files.write_mask`. The label may be changed afterwards."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
+            self._pending.popleft().result()
+        job = self._pool.submit(image_files.write_mask, path, np.array(label), palette)
+        self._pending.append(job)
+
+    def __enter__(self) -> "MaskWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for job in self._pending:
+                job.result()
+
+
+def overlay(
+    frame: UInt8[np.ndarray, "height width 3"],
+    label: UInt8[np.ndarray, "height width"],
+    alpha: float = 0.5,
+    palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The frame with each object tinted (`alpha` of its colour) and outlined in full colour."""
+    colours = palette[label]
+    tinted = cv2.addWeighted(frame, 1 - alpha, colours, alpha, 0)
+    kernel = np.ones((3, 3), np.uint8)
+    # The outermost pixels of an object, except along the border of the picture.
+    outline = cv2.erode(label, kernel) != cv2.dilate(label, kernel)
+    tinted[outline] = colours[outline]
+    return np.where(label[..., None] > 0, tinted, frame)
+
+
+def check_writable(folder: Path | str) -> None:
+    """Makes an output folder if need be and tries to write there, before any long work.
+
+    Errors: OSError that names the folder and the reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".writable-", dir=folder)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        message = f"cannot write to the output folder: {reason}"
+        raise OSError(error.errno, message, str(folder)) from error

@@ -1,0 +1,121 @@
+"""This project's checkpoints of a network: an Orbax folder that says what it holds.
+
+CKPT/variables/   all arrays: `params` and `frozen`
+CKPT/config/      JSON: the model's fields, and the image format it was trained on
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cfbi_jax.models.cfbi import CFBI, build_model, model_config, parameter_shapes
+from cfbi_jax.models.images import ImageFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A network and what its input looks like. `variables` is `{"params": ..., "frozen": ...}`."""
+
+    model: CFBI
+    variables: dict
+    image_format: ImageFormat
+
+
+def save_checkpoint(
+    path: str | Path, model: CFBI, variables: Mapping, image_format: ImageFormat
+) -> None:
+    """Writes a checkpoint folder; Orbax renames it into place when it is complete.
+
+    Raises FileExistsError where `path` exists, and ValueError where `variables` do not fit `model`.
+    """
+    import orbax.checkpoint as ocp  # takes a second to import
+
+    path = Path(path).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
+    _check_shapes(variables, model, path)
+    config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
+        )
+        checkpointer.save(path, args=items)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint folder onto the default device.
+
+    Raises FileNotFoundError where there is none, and ValueError for another kind of file or
+    folder, or where the arrays are not those of the architecture that the checkpoint names.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path).absolute()
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file; expected a checkpoint folder. Official .pth files are turned into "
+            f"one by: python scripts/convert_weights.py --input {path} --output CKPT_DIR"
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such checkpoint folder: {path}")
+    if not (path / "config").is_dir() or not (path / "variables").is_dir():
+        found = sorted(p.name for p in path.iterdir())[:8]
+        raise ValueError(
+            f"{path} is no checkpoint of this project: expected the folders config and variables, "
+            f"found {found}"
+        )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            path, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )
+        model = build_model(restored["config"]["model"])
+        image_format = _image_format(restored["config"]["image_format"])
+        stored = checkpointer.item_metadata(path)["variables"]
+        _check_shapes(stored, model, path)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            parameter_shapes(model),
+        )
+        restored = checkpointer.restore(
+            path, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target))
+        )
+    return Checkpoint(model, restored["variables"], image_format)
+
+
+def digest(variables: Mapping) -> str:
+    """Identifies the weights: a hash of every path and value."""
+    state = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables)[0]:
+        state.update(jax.tree_util.keystr(path).encode())
+        state.update(np.ascontiguousarray(leaf))
+    return state.hexdigest()
+
+
+def _image_format(config: Mapping) -> ImageFormat:
+    return ImageFormat(config["channel_order"], tuple(config["mean"]), tuple(config["std"]))
+
+
+def _check_shapes(variables, model: CFBI, path: Path) -> None:
+    def shapes(tree):
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in flat}
+
+    found, expected = shapes(variables), shapes(parameter_shapes(model))
+    problems = [f"missing: {key} {expected[key]}" for key in sorted(set(expected) - set(found))]
+    problems += [f"extra: {key} {found[key]}" for key in sorted(set(found) - set(expected))]
+    problems += [
+        f"wrong shape: {key} is {found[key]}, expected {expected[key]}"
+        for key in sorted(set(found) & set(expected))
+        if tuple(found[key]) != tuple(expected[key])
+    ]
+    if problems:
+        listing = "\n  ".join(problems[:20])
+        raise ValueError(
+            f"{path}: the arrays are not those of its architecture ({model.backbone}); "
+            f"{len(problems)} problems, the first:\n  {listing}"
+        )

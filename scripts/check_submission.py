@@ -1,0 +1,49 @@
+"""Says what an evaluation server would reject in a zip, or in a folder to be zipped.
+
+    python scripts/check_submission.py --dataset davis2017 --root DAVIS --split test-dev ZIP_OR_DIR
+
+Exit status 0 with a summary if the submission would be accepted, 1 with the list of problems.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cfbi_jax.evaluation.submission import DATASETS, check_submission, expected_sequences
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("submission", type=Path, metavar="ZIP_OR_DIR")
+    parser.add_argument("--dataset", required=True, choices=sorted(DATASETS))
+    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument(
+        "--split", default=None, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
+    )
+    parser.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
+    parser.add_argument("--sequences", nargs="+", help="expect only these sequences or videos")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    split = arguments.split or ("valid" if arguments.dataset == "youtube_vos" else "test-dev")
+    what = (arguments.root, arguments.dataset, split, arguments.resolution, arguments.sequences)
+    problems = check_submission(arguments.submission, *what)
+    if problems:
+        print(f"{arguments.submission}: {len(problems)} problems", *problems, sep="\n  ")
+        return 1
+    expected = expected_sequences(*what)
+    num_frames = sum(len(sequence.frames) for sequence in expected.values())
+    print(
+        f"{arguments.submission}: {len(expected)} sequences, {num_frames} masks, no problem found"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse_arguments()))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,78 @@
+"""Scores a folder of predicted masks, ours or another system's.
+
+    python scripts/score.py --dataset davis2017 --root DAVIS --split val --resolution 480p \\
+        --results DIR
+
+Writes the CSV tables of the official DAVIS tool into DIR (or --output) and prints them. Everything
+is computed anew. Bad input gives a message and exit status 1, and no tables.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cfbi_jax.evaluation import report
+from cfbi_jax.evaluation.davis import score_davis
+from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", required=True, choices=("davis2016", "davis2017", "youtube_vos")
+    )
+    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument(
+        "--results", required=True, type=Path, help="folder with <sequence>/<frame>.png"
+    )
+    parser.add_argument("--split", default=None, help="default: val (DAVIS), train (YouTube-VOS)")
+    parser.add_argument("--resolution", default="480p", help="DAVIS: folder under Annotations")
+    parser.add_argument("--sequences", nargs="+", help="score only these sequences or videos")
+    parser.add_argument(
+        "--seen-categories",
+        nargs="+",
+        help="YouTube-VOS: categories of the training set; default: those of root/train/meta.json",
+    )
+    parser.add_argument("--output", type=Path, help="folder of the tables; default: --results")
+    parser.add_argument("--threads", type=int, help="default: one per core")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    split = arguments.split or ("train" if arguments.dataset == "youtube_vos" else "val")
+    output = arguments.output or arguments.results
+    report.remove_tables(output, split)
+    if arguments.dataset == "youtube_vos":
+        scores = score_youtube_vos(
+            arguments.root,
+            arguments.results,
+            split=split,
+            videos=arguments.sequences,
+            seen_categories=arguments.seen_categories,
+            num_threads=arguments.threads,
+        )
+        paths = report.write_youtube_vos_tables(scores, output)
+        report.print_youtube_vos(scores)
+    else:
+        scores = score_davis(
+            arguments.root,
+            arguments.results,
+            year=int(arguments.dataset.removeprefix("davis")),
+            split=split,
+            resolution=arguments.resolution,
+            sequences=arguments.sequences,
+            num_threads=arguments.threads,
+        )
+        paths = report.write_davis_tables(scores, output)
+        report.print_davis(scores)
+    for path in paths:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

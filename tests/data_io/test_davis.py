@@ -1,0 +1,224 @@
+"""A small DAVIS folder is written with Pillow, damaged in one way, and must be refused for that."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfbi_jax.data import davis, videos
+
+SIZE = (24, 32)
+
+
+def save_frame(path, size=SIZE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_mask(path, *ids, size=SIZE):
+    """Ids side by side in blocks, in an indexed PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    label = np.zeros(size, np.uint8)
+    for i, object_id in enumerate(ids):
+        label[4:12, 4 * i : 4 * i + 4] = object_id
+    image = Image.fromarray(label)
+    image.putpalette([0, 0, 0, 128, 0, 0] * 128)
+    image.save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two sequences of four frames and two objects, fully annotated."""
+    for name in ("bear", "dogs-jump"):
+        for i in range(4):
+            save_frame(tmp_path / "JPEGImages" / "480p" / name / f"{i:05d}.jpg")
+            save_mask(tmp_path / "Annotations" / "480p" / name / f"{i:05d}.png", 1, 2)
+    for year in ("2016", "2017"):
+        (tmp_path / "ImageSets" / year).mkdir(parents=True)
+        (tmp_path / "ImageSets" / year / "val.txt").write_text("dogs-jump\nbear\n")
+    return tmp_path
+
+
+def load_and_check(root, max_objects=None, **options):
+    return videos.check_videos(davis.evaluation_videos(root, **options), max_objects)
+
+
+def frame_file(root, i, name="bear"):
+    return root / "JPEGImages" / "480p" / name / f"{i:05d}.jpg"
+
+
+def mask_file(root, i, name="bear"):
+    return root / "Annotations" / "480p" / name / f"{i:05d}.png"
+
+
+def test_sequences_in_the_order_of_the_list(root):
+    first, second = davis.evaluation_videos(root)
+    assert (first.name, second.name) == ("dogs-jump", "bear")
+    assert second.frames == tuple(frame_file(root, i) for i in range(4))
+    assert second.given == {0: mask_file(root, 0)}
+    assert second.save == (0, 1, 2, 3)
+    assert second.truth == {i: mask_file(root, i) for i in range(4)}
+    assert load_and_check(root) == {"dogs-jump": (1, 2), "bear": (1, 2)}
+
+
+def test_restricted_to_some_sequences(root):
+    assert [v.name for v in davis.evaluation_videos(root, sequences=["bear"])] == ["bear"]
+    with pytest.raises(
+        ValueError, match=r"val\.txt: no sequence 'dog-jump' .*near names: dogs-jump"
+    ):
+        davis.evaluation_videos(root, sequences=["bear", "dog-jump"])
+
+
+def test_2016_is_binary_and_2017_takes_255_for_background(root):
+    save_mask(mask_file(root, 0), 1, 3, 255)
+    (video,) = davis.evaluation_videos(root, 2016, sequences=["bear"])
+    row = videos.read_given(video, 0)[6]
+    np.testing.assert_array_equal(row[[0, 4, 8, 12]], [1, 1, 1, 0])
+    (video,) = davis.evaluation_videos(root, 2017, sequences=["bear"])
+    row = videos.read_label(video, mask_file(root, 0))[6]
+    np.testing.assert_array_equal(row[[0, 4, 8, 12]], [1, 3, 0, 0])
+
+
+def test_first_annotations_only_as_in_test_dev(root):
+    for i in range(1, 4):
+        mask_file(root, i).unlink()
+    (video,) = davis.evaluation_videos(root, sequences=["bear"])
+    assert video.given == {0: mask_file(root, 0)}
+    assert video.truth == {}
+    assert video.save == (0, 1, 2, 3)
+
+
+def test_numbers_of_frames_may_start_and_step_anyhow(root):
+    for i in (3, 2, 1, 0):
+        frame_file(root, i).rename(frame_file(root, 10 + 5 * i))
+        mask_file(root, i).rename(mask_file(root, 10 + 5 * i))
+    (video,) = davis.evaluation_videos(root, sequences=["bear"])
+    assert [path.stem for path in video.frames] == ["00010", "00015", "00020", "00025"]
+    assert video.given == {0: mask_file(root, 10)}
+
+
+def test_missing_folders_and_lists(root):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        davis.evaluation_videos(root / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"test\.txt: no such list; .*2017/val\.txt"):
+        davis.evaluation_videos(root, split="test")
+    with pytest.raises(FileNotFoundError, match="240p: no such folder; there are: 480p"):
+        davis.evaluation_videos(root, resolution="240p")
+    with pytest.raises(ValueError, match="2018; expected 2016 or 2017"):
+        davis.evaluation_videos(root, year=2018)
+    shutil.rmtree(frame_file(root, 0).parent)
+    with pytest.raises(FileNotFoundError, match="JPEGImages/480p/bear: no such folder"):
+        davis.evaluation_videos(root)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"val\.txt: an empty list"):
+        davis.evaluation_videos(root)
+
+
+@pytest.mark.parametrize(("frame", "annotated"), [(2, True), (3, True), (2, False)])
+def test_missing_frame(root, frame, annotated):
+    frame_file(root, frame).unlink()
+    if not annotated:
+        for i in range(1, 4):
+            mask_file(root, i).unlink()
+    message = rf"JPEGImages/480p/bear/0000{frame}\.jpg: no such frame"
+    with pytest.raises(FileNotFoundError, match=message):
+        davis.evaluation_videos(root)
+
+
+def test_missing_masks(root):
+    mask_file(root, 2).unlink()
+    with pytest.raises(FileNotFoundError, match=r"Annotations/480p/bear/00002\.png: no such file"):
+        davis.evaluation_videos(root)
+    mask_file(root, 0).unlink()
+    with pytest.raises(FileNotFoundError, match=r"bear/00000\.png: .* mask of the first frame"):
+        davis.evaluation_videos(root)
+
+
+def test_file_that_vanishes_after_listing(root):
+    listed = davis.evaluation_videos(root)
+    frame_file(root, 2).unlink()
+    with pytest.raises(FileNotFoundError, match=r"bear/00002\.jpg"):
+        videos.check_videos(listed)
+
+
+@pytest.mark.parametrize("frame", [0, 3])
+def test_mask_of_another_size(root, frame):
+    save_mask(mask_file(root, frame), 1, size=(24, 30))
+    message = rf"bear/0000{frame}\.png: 24 x 30 pixels .* expected 24 x 32 as in .*00000\.jpg"
+    with pytest.raises(ValueError, match=message):
+        load_and_check(root)
+
+
+def test_mask_of_another_size_without_truth(root):
+    for i in range(1, 4):
+        mask_file(root, i).unlink()
+    save_mask(mask_file(root, 0), 1, size=(24, 30))
+    with pytest.raises(ValueError, match=r"bear/00000\.png: 24 x 30 pixels .* expected 24 x 32"):
+        load_and_check(root)
+
+
+def test_frame_of_another_size(root):
+    save_frame(frame_file(root, 2), size=(26, 32))
+    with pytest.raises(ValueError, match=r"bear/00002\.jpg: 26 x 32 pixels .* expected 24 x 32"):
+        load_and_check(root)
+
+
+def test_truncated_frame(root):
+    path = frame_file(root, 2)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"bear/00002\.jpg: a picture cut short"):
+        load_and_check(root)
+
+
+def test_first_mask_of_colours(root):
+    Image.new("RGB", SIZE[::-1]).save(mask_file(root, 0))
+    with pytest.raises(ValueError, match=r"bear/00000\.png: RGB colours"):
+        load_and_check(root)
+
+
+def test_anti_aliased_first_mask(root):
+    Image.radial_gradient("L").resize(SIZE[::-1]).save(mask_file(root, 0))
+    with pytest.raises(ValueError, match=r"bear/00000\.png: \d+ ids, .* anti-aliased"):
+        load_and_check(root)
+
+
+def test_id_above_255(root):
+    Image.fromarray(np.full(SIZE, 300, np.uint16)).save(mask_file(root, 0))
+    with pytest.raises(ValueError, match=r"bear/00000\.png: ids from 300 to 300"):
+        load_and_check(root)
+
+
+def test_more_objects_than_rows(root):
+    save_mask(mask_file(root, 0), 1, 2, 7)
+    assert load_and_check(root, max_objects=3)["bear"] == (1, 2, 7)
+    message = r"bear/00000\.png: .* 3 objects \(ids 1, 2, 7\); expected at most max_objects = 2"
+    with pytest.raises(ValueError, match=message):
+        load_and_check(root, max_objects=2)
+
+
+def test_empty_first_mask(root):
+    save_mask(mask_file(root, 0))
+    with pytest.raises(ValueError, match=r"bear/00000\.png: an empty first mask"):
+        load_and_check(root)
+    save_mask(mask_file(root, 0), 255)  # void only: empty in 2017, an object in 2016
+    with pytest.raises(ValueError, match=r"bear/00000\.png: an empty first mask"):
+        load_and_check(root)
+    assert load_and_check(root, year=2016)["bear"] == (1,)
+
+
+def test_first_error_in_the_order_of_the_list_is_raised(root, monkeypatch):
+    for name in ("bear", "dogs-jump"):
+        save_mask(mask_file(root, 0, name))
+    original = videos.read_given
+
+    def slow_for_the_first(video, index):
+        if video.name == "dogs-jump":
+            time.sleep(0.1)
+        return original(video, index)
+
+    monkeypatch.setattr(videos, "read_given", slow_for_the_first)
+    with pytest.raises(ValueError, match=r"dogs-jump/00000\.png: an empty first mask"):
+        load_and_check(root)

@@ -1,0 +1,171 @@
+"""A small YouTube-VOS folder: ids with a gap, object 4 appears late, frames are 5 apart."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfbi_jax.data import videos, youtube_vos
+
+META = {
+    "videos": {
+        "b": {
+            "objects": {
+                "4": {"category": "dog", "frames": ["00015", "00010"]},
+                "2": {"category": "cat", "frames": ["00000", "00005", "00010"]},
+            }
+        },
+        "a": {"objects": {"1": {"frames": ["00020"]}}},
+    }
+}
+
+
+def save_frame(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 24)).save(path)
+
+
+def save_mask(path, *ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    label = np.zeros((24, 32), np.uint8)
+    for i, object_id in enumerate(ids):
+        label[4:12, 4 * i : 4 * i + 4] = object_id
+    Image.fromarray(label).save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("valid", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "meta.json").write_text(json.dumps(META))
+        for name, stem in (("b", 0), ("b", 5), ("b", 10), ("b", 15), ("a", 20)):
+            save_frame(tmp_path / split / "JPEGImages" / name / f"{stem:05d}.jpg")
+        save_mask(tmp_path / split / "Annotations" / "b" / "00000.png", 2)
+        save_mask(tmp_path / split / "Annotations" / "b" / "00010.png", 2, 4)
+        save_mask(tmp_path / split / "Annotations" / "a" / "00020.png", 1)
+    for stem in (5, 15):
+        save_mask(tmp_path / "train" / "Annotations" / "b" / f"{stem:05d}.png", 2, 4)
+    for stem in range(20):
+        save_frame(tmp_path / "valid_all_frames" / "JPEGImages" / "b" / f"{stem:05d}.jpg")
+    for stem in range(17, 26):
+        save_frame(tmp_path / "valid_all_frames" / "JPEGImages" / "a" / f"{stem:05d}.jpg")
+    return tmp_path
+
+
+def write_meta(root, videos_entry):
+    (root / "valid" / "meta.json").write_text(json.dumps({"videos": videos_entry}))
+
+
+def test_frames_of_a_video_are_those_of_its_objects(root):
+    first, video = youtube_vos.evaluation_videos(root)
+    assert (first.name, video.name) == ("a", "b")
+    frames = root / "valid" / "JPEGImages" / "b"
+    assert video.frames == tuple(frames / f"000{i}.jpg" for i in ("00", "05", "10", "15"))
+    masks = root / "valid" / "Annotations" / "b"
+    assert video.given == {0: masks / "00000.png", 2: masks / "00010.png"}
+    assert video.starts == {2: 0, 4: 2}
+    assert video.save == (0, 1, 2, 3)
+    assert video.truth == {}
+    assert videos.check_videos([first, video]) == {"a": (1,), "b": (2, 4)}
+
+
+def test_an_object_is_given_at_its_own_first_frame_only(root):
+    (video,) = youtube_vos.evaluation_videos(root, videos=["b"])
+    np.testing.assert_array_equal(videos.read_given(video, 2)[6, [0, 4]], [0, 4])
+    # The file itself shows object 2 there as well, and the truth has to.
+    np.testing.assert_array_equal(videos.read_label(video, video.given[2])[6, [0, 4]], [2, 4])
+    save_mask(video.given[0], 2, 4)  # object 4 seen before its first frame
+    np.testing.assert_array_equal(videos.read_given(video, 0)[6, [0, 4]], [2, 0])
+
+
+def test_all_frames_run_from_the_first_listed_to_the_last(root):
+    first, video = youtube_vos.evaluation_videos(root, all_frames=True)
+    assert [path.stem for path in first.frames] == ["00020"]
+    assert [path.stem for path in video.frames] == [f"{i:05d}" for i in range(16)]
+    assert video.frames[1].parent.parent.parent.name == "valid_all_frames"
+    assert video.save == (0, 5, 10, 15)
+    assert video.starts == {2: 0, 4: 10}
+    assert sorted(video.given) == [0, 10]
+    assert videos.check_videos([first, video]) == {"a": (1,), "b": (2, 4)}
+
+
+def test_held_out_training_videos_have_the_truth(root):
+    (video,) = youtube_vos.evaluation_videos(root, "train", videos=["b"])
+    assert sorted(video.given) == [0, 2]
+    assert [video.truth[i].stem for i in video.save] == ["00000", "00005", "00010", "00015"]
+    video.truth[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"b/00005\.png: no such file"):
+        youtube_vos.evaluation_videos(root, "train")
+
+
+def test_meta_is_read_whole(root):
+    meta = youtube_vos.read_meta(root, "valid")
+    assert list(meta["b"]) == [2, 4]
+    assert meta["b"][4] == youtube_vos.ObjectEntry("dog", ("00010", "00015"))
+    assert meta["a"][1].category == ""
+
+
+def test_missing_files(root):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        youtube_vos.evaluation_videos(root / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"test/meta\.json: .* train, valid"):
+        youtube_vos.evaluation_videos(root, "test")
+    with pytest.raises(FileNotFoundError, match="train_all_frames/JPEGImages: no such folder"):
+        youtube_vos.evaluation_videos(root, "train", all_frames=True)
+    with pytest.raises(ValueError, match=r"meta\.json: no video 'c' among 2"):
+        youtube_vos.evaluation_videos(root, videos=["c"])
+    (root / "valid" / "Annotations" / "b" / "00010.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b/00010\.png: .* object 4 starts there"):
+        youtube_vos.evaluation_videos(root)
+    (root / "valid" / "JPEGImages" / "b" / "00005.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b/00005\.jpg: no such frame"):
+        youtube_vos.evaluation_videos(root)
+
+
+@pytest.mark.parametrize("content", ["{", '{"videos": []}', "[]", '{"videos": {"a": {}}}'])
+def test_damaged_meta(root, content):
+    (root / "valid" / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"valid/meta\.json"):
+        youtube_vos.evaluation_videos(root)
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({}, "no 'objects'"),
+        ({"0": {"frames": ["00000"]}}, "object id '0'; expected 1 to 255"),
+        ({"256": {"frames": ["00000"]}}, "object id '256'; expected 1 to 255"),
+        ({"x": {"frames": ["00000"]}}, "object id 'x'; expected 1 to 255"),
+        ({"1": {"frames": []}}, "object 1: no frames"),
+        ({"1": {"category": "dog"}}, "object 1: no frames"),
+        ({"1": {"frames": [5]}}, "object 1: frame 5"),
+    ],
+)
+def test_wrong_entries_of_meta(root, objects, message):
+    write_meta(root, {"b": {"objects": objects}})
+    with pytest.raises(ValueError, match=rf"meta\.json: video 'b': {message}"):
+        youtube_vos.evaluation_videos(root)
+
+
+def test_empty_first_mask_is_legal_if_an_object_comes_later(root, caplog):
+    (video,) = youtube_vos.evaluation_videos(root, videos=["b"])
+    save_mask(video.given[0])
+    with caplog.at_level(logging.WARNING):
+        assert videos.check_videos([video]) == {"b": (4,)}
+    assert "object 2 starts at 00000 but has no pixel" in caplog.text
+    save_mask(video.given[2], 2)  # object 2 does not start here, so nothing is given
+    with pytest.raises(
+        ValueError, match=r"b/00000\.png: an empty first mask, and no object in a l"
+    ):
+        videos.check_videos([video])
+
+
+def test_more_objects_than_rows_over_the_whole_video(root):
+    listed = youtube_vos.evaluation_videos(root)
+    message = (
+        r"b/00010\.png: with it b has 2 objects \(ids 2, 4\); expected at most max_objects = 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        videos.check_videos(listed, max_objects=1)

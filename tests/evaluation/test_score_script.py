@@ -1,0 +1,91 @@
+"""scripts/score.py as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "score.py", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture
+def davis(tmp_path, write_davis, write_results):
+    masks = np.zeros((4, 16, 16), np.uint8)
+    masks[:, 4:10, 4:10] = 1
+    root = write_davis(tmp_path / "DAVIS", {"a": masks})
+    results = write_results(tmp_path / "results", {"a": masks})
+    return results, ("--dataset", "davis2017", "--root", root, "--results", results)
+
+
+def test_scores_anew_every_time_and_leaves_no_stale_table(davis):
+    results, arguments = davis
+    table = results / "global_results-val.csv"
+    perfect = run(*arguments)
+    assert perfect.returncode == 0, perfect.stderr
+    assert table.read_text().splitlines()[1].startswith("1.000,")
+    assert "a_1" in perfect.stdout and str(table) in perfect.stdout
+
+    Image.new("L", (16, 16)).save(results / "a" / "00001.png")
+    assert run(*arguments).returncode == 0
+    assert table.read_text().splitlines()[1].startswith("0.500,")
+
+    Image.fromarray(np.full((16, 16), 2, np.uint8)).save(results / "a" / "00001.png")
+    wrong = run(*arguments)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
+    assert "00001.png" in wrong.stderr and "id 2" in wrong.stderr
+    assert list(results.glob("*.csv")) == []
+
+
+def test_output_elsewhere(davis, tmp_path):
+    results, arguments = davis
+    done = run(*arguments, "--output", tmp_path / "tables", "--sequences", "a", "--split", "val")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "tables").glob("*.csv"))) == 3
+    assert list(results.glob("*.csv")) == []
+
+
+def test_youtube_vos(tmp_path, write_youtube_vos, write_results):
+    masks = np.zeros((3, 16, 16), np.uint8)
+    masks[:, 4:10, 4:10] = 3
+    named = {"v": dict(zip(("00000", "00005", "00010"), masks, strict=True))}
+    objects = {"v": {"3": {"category": "dog", "frames": list(named["v"])}}}
+    root = write_youtube_vos(tmp_path / "YT", named, objects)
+    results = write_results(tmp_path / "results", named)
+    done = run("--dataset", "youtube_vos", "--root", root, "--results", results)
+    assert done.returncode == 0, done.stderr
+    assert (results / "global_results-train.csv").read_text() == (
+        "Overall,J-Seen,F-Seen\n1.000,1.000,1.000\n"
+    )
+    assert "Assumed" in done.stdout
+
+
+def test_evaluation_imports_without_jax():
+    """A machine that only scores need not wait for JAX."""
+    code = (
+        "import json, sys\n"
+        "import cfbi_jax.evaluation.report, cfbi_jax.evaluation.submission\n"
+        "print(json.dumps('jax' in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) is False

@@ -1,0 +1,230 @@
+import os
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfbi_jax.data import image_files
+from cfbi_jax.inference import video
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+# ---- prefetch ----
+
+
+def test_prefetch_keeps_the_order_and_runs_ahead_by_depth():
+    fetched = []
+
+    def items():
+        for i in range(20):
+            fetched.append(i)
+            yield i
+
+    stream = video.prefetch(items(), depth=3)
+    assert next(stream) == 0
+    deadline = time.monotonic() + 5
+    while len(fetched) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(fetched) == 5  # one taken, three in the queue, one in the thread's hands
+    assert list(stream) == list(range(1, 20))
+    assert not prefetch_threads()
+
+
+def test_prefetch_raises_errors_after_the_items_before_them():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("disk gone")
+
+    taken = []
+    with pytest.raises(OSError, match="disk gone"):
+        for item in video.prefetch(items()):
+            taken.append(item)
+    assert taken == [1, 2]
+    assert not prefetch_threads()
+
+
+def test_prefetch_ends_with_its_consumer_and_closes_its_source():
+    closed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield 0
+        finally:
+            closed.set()
+
+    source = endless()  # kept here, so that it is not closed by being forgotten
+    stream = video.prefetch(source, depth=2)
+    assert next(stream) == 0
+    assert len(prefetch_threads()) == 1
+    stream.close()
+    assert closed.is_set()
+    assert not prefetch_threads()
+
+
+def test_prefetch_depth():
+    with pytest.raises(ValueError, match="depth of 0"):
+        video.prefetch([], depth=0)
+
+
+# ---- frames ----
+
+
+def test_frames_of_a_folder_by_number(tmp_path):
+    for i in (10, 9, 1):
+        Image.new("RGB", (16, 12), (i, 0, 100)).save(tmp_path / f"{i}.png")
+    frames = list(video.read_frames(tmp_path))
+    assert [frame[0, 0].tolist() for frame in frames] == [[1, 0, 100], [9, 0, 100], [10, 0, 100]]
+    assert frames[0].shape == (12, 16, 3)
+
+
+def test_bad_folders_are_refused_before_the_first_frame(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        video.read_frames(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no frames"):
+        video.read_frames(tmp_path)
+    Image.new("RGB", (16, 12)).save(tmp_path / "0.jpg")
+    Image.new("RGB", (16, 14)).save(tmp_path / "1.jpg")
+    message = r"1\.jpg has 14 x 16 pixels \(height x width\); expected 12 x 16"
+    with pytest.raises(ValueError, match=message):
+        video.read_frames(tmp_path)
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"1\.jpg: a picture cut short"):
+        video.read_frames(tmp_path)
+
+
+def write_clip(path, frames):
+    """Writes an MJPEG file of uint8 RGB frames [n, 48, 64, 3]."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    assert writer.isOpened()
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+
+
+def test_frames_of_a_video_file(tmp_path):
+    reds = [np.full((48, 64, 3), (200, 20 * i, 0), np.uint8) for i in range(6)]
+    write_clip(tmp_path / "clip.avi", reds)
+    frames = list(video.read_frames(tmp_path / "clip.avi"))
+    assert len(frames) == 6
+    for i, frame in enumerate(frames):
+        assert (frame.shape, frame.dtype) == ((48, 64, 3), np.uint8)
+        assert np.abs(frame.mean(axis=(0, 1)) - (200, 20 * i, 0)).max() < 8
+
+
+def test_bad_video_files(tmp_path):
+    (tmp_path / "text.mp4").write_bytes(b"no video" * 100)
+    with pytest.raises(ValueError, match=r"text\.mp4: no video that can be read"):
+        video.read_frames(tmp_path / "text.mp4")
+    noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), np.uint8)
+    write_clip(tmp_path / "whole.avi", noise)
+    assert len(list(video.read_frames(tmp_path / "whole.avi"))) == 12
+    data = (tmp_path / "whole.avi").read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: 2 * len(data) // 3])
+    with pytest.raises(ValueError, match=r"cut\.avi: only \d frames can be read; it states 12"):
+        list(video.read_frames(tmp_path / "cut.avi"))
+
+
+# ---- masks ----
+
+
+def test_mask_writer_has_written_everything_at_its_end(tmp_path):
+    palette = image_files.VOC_PALETTE[::-1]
+    label = np.zeros((6, 8), np.uint8)
+    with video.MaskWriter(threads=2, pending=3) as writer:
+        for i in range(10):
+            label[:] = i
+            writer.write(tmp_path / "out" / f"{i:05d}.png", label, palette)  # then changed again
+    for i in range(10):
+        with Image.open(tmp_path / "out" / f"{i:05d}.png") as image:
+            assert (np.array(image) == i).all()
+            assert (np.array(image.convert("RGB")) == palette[i]).all()
+    assert len(list((tmp_path / "out").iterdir())) == 10
+
+
+def test_mask_writer_waits_when_too_many_masks_are_pending(tmp_path, monkeypatch):
+    writing, release = [], threading.Event()
+
+    def slow_write(path, label, palette):
+        writing.append(path)
+        release.wait(10)
+
+    monkeypatch.setattr(image_files, "write_mask", slow_write)
+    accepted = []
+
+    def produce():
+        with video.MaskWriter(threads=1, pending=4) as writer:
+            for i in range(20):
+                writer.write(tmp_path / f"{i}.png", np.zeros((2, 2), np.uint8))
+                accepted.append(i)
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    time.sleep(0.2)
+    assert len(accepted) == 4
+    release.set()
+    thread.join(10)
+    assert len(writing) == 20
+
+
+def test_mask_writer_raises_write_errors(tmp_path):
+    (tmp_path / "file").touch()
+    label = np.zeros((2, 2), np.uint8)
+    with pytest.raises(OSError, match="file"), video.MaskWriter() as writer:
+        writer.write(tmp_path / "file" / "0.png", label)  # raised at the end of the block
+
+    written = []
+    with pytest.raises(OSError, match="file"), video.MaskWriter(pending=2) as writer:
+        for i in range(20):
+            writer.write(tmp_path / ("file" if i == 0 else "out") / f"{i}.png", label)
+            written.append(i)
+    assert len(written) < 4  # raised at a later call, not after all of them
+
+
+def test_mask_writer_lets_the_error_of_its_block_through(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ZeroDivisionError), video.MaskWriter() as writer:
+        writer.write(tmp_path / "file" / "0.png", np.zeros((2, 2), np.uint8))
+        raise ZeroDivisionError
+
+
+# ---- pictures ----
+
+
+def test_overlay_tints_objects_and_draws_their_outline():
+    frame = np.full((12, 14, 3), 100, np.uint8)
+    label = np.zeros((12, 14), np.uint8)
+    label[2:8, 0:6] = 1  # touches the left border
+    label[2:8, 6:12] = 2
+    original = frame.copy()
+    drawn = video.overlay(frame, label, alpha=0.25)
+    np.testing.assert_array_equal(frame, original)
+    np.testing.assert_array_equal(drawn[label == 0], frame[label == 0])
+    assert drawn[5, 3].tolist() == [107, 75, 75]  # 0.75 * 100 + 0.25 * (128, 0, 0)
+    assert drawn[5, 0].tolist() == [107, 75, 75]  # no outline along the picture's border
+    assert drawn[2, 3].tolist() == drawn[7, 3].tolist() == drawn[5, 5].tolist() == [128, 0, 0]
+    assert drawn[5, 6].tolist() == drawn[5, 11].tolist() == [0, 128, 0]
+
+
+# ---- output folders ----
+
+
+def test_output_folder_is_made_and_left_empty(tmp_path):
+    video.check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OSError, match="cannot write to the output folder") as caught:
+            video.check_writable(folder)
+        assert str(folder) in str(caught.value)
