@@ -6,6 +6,7 @@ from pathlib import Path
 
 import rich
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 from rich.logging import RichHandler
 
@@ -29,7 +30,8 @@ def main(_) -> None:
 
 
 def _log_to_screen() -> None:
-    """Our own messages from INFO on; other libraries keep their defaults."""
+    """Our own messages from INFO on, those of the libraries from WARNING on."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     if rich.get_console().is_terminal:
         handler = RichHandler(show_path=False)  # goes well with a progress bar
         handler.setFormatter(logging.Formatter("%(message)s"))

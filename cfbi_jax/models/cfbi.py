@@ -280,7 +280,9 @@ def parameter_shapes(model: CFBI) -> dict:
 
 def initial_variables(model: CFBI, seed: int) -> dict:
     """Random variables of an untrained network."""
-    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 33, 33, 3)))
+    # Hundreds of small kernels that run once: optimising them would double the waiting time.
+    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
+    return init(jax.random.key(seed), jnp.zeros((1, 33, 33, 3)))
 
 
 # ------------------------------------------------------------------------- model config <-> model

@@ -39,7 +39,7 @@ def save_checkpoint(
         raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
     _check_shapes(variables, model, path)
     config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         items = ocp.args.Composite(
             variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
         )
@@ -68,14 +68,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is no checkpoint of this project: expected the folders config and variables, "
             f"found {found}"
         )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         restored = checkpointer.restore(
             path, args=ocp.args.Composite(config=ocp.args.JsonRestore())
         )
         model = build_model(restored["config"]["model"])
         image_format = _image_format(restored["config"]["image_format"])
-        stored = checkpointer.item_metadata(path)["variables"]
-        _check_shapes(stored, model, path)
+        stored = checkpointer.metadata(path).item_metadata["variables"]
+        _check_shapes(stored.tree, model, path)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -85,6 +85,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             path, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target))
         )
     return Checkpoint(model, restored["variables"], image_format)
+
+
+def _checkpointer():
+    import orbax.checkpoint as ocp
+
+    handlers = ocp.CompositeCheckpointHandler(
+        variables=ocp.StandardCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+    )
+    return ocp.Checkpointer(handlers)
 
 
 def digest(variables: Mapping) -> str:

@@ -105,11 +105,18 @@ def convert_backbone(state: StateDict, model: CFBI) -> dict:
     covered = "feature_extracter."
     if not any(key.startswith("backbone.") for key in state):  # torchvision
         covered = "feature_extracter.backbone."
-        for pattern, replacement in _TORCHVISION_MOBILENET:
-            state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+        state = {_from_torchvision(key): value for key, value in state.items()}
     state = {covered + key: value for key, value in state.items()}
     table = [entry for entry in entries(model) if entry.key.startswith(covered)]
     return _fill(table, state, aliases_required=False)
+
+
+def _from_torchvision(key: str) -> str:
+    """The first rule that matches: what one rule gives, another may match again."""
+    for pattern, replacement in _TORCHVISION_MOBILENET:
+        if re.search(pattern, key):
+            return re.sub(pattern, replacement, key)
+    return key
 
 
 def _fill(table: list[Entry], state: StateDict, aliases_required: bool) -> dict:

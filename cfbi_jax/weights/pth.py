@@ -37,7 +37,7 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
             f"{path} was refused: it holds more than tensors and would run code on loading, or is "
             f"no .pth file. {str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # torch's unpickler fails in many ways on bytes that are no pickle
         raise ValueError(f"{path} is damaged or no .pth file: {error}") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:

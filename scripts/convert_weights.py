@@ -1,0 +1,53 @@
+"""Official PyTorch weights <-> this project's checkpoints.
+
+    python scripts/convert_weights.py --input X.pth --output CKPT_DIR
+    python scripts/convert_weights.py --export --input CKPT_DIR --output X.pth
+
+The architecture (ResNet-101 or MobileNetV2) is read from the file. Every key is accounted for both
+ways, or nothing is written. Needs torch: pip install "cfbi_jax[convert]". A file that would run
+code when it is loaded is refused.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cfbi_jax.models.images import OFFICIAL_FORMAT
+from cfbi_jax.weights.checkpoint import digest, load_checkpoint, save_checkpoint
+from cfbi_jax.weights.official import convert_state_dict, export_state_dict
+from cfbi_jax.weights.pth import read_pth, write_pth
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--export", action="store_true", help="from a checkpoint to a .pth file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists():
+        raise FileExistsError(f"{arguments.output} exists; choose another --output")
+    if arguments.export:
+        checkpoint = load_checkpoint(arguments.input)
+        if checkpoint.image_format != OFFICIAL_FORMAT:
+            print(
+                f"note: these weights expect {checkpoint.image_format}; the official code feeds "
+                f"{OFFICIAL_FORMAT}"
+            )
+        write_pth(arguments.output, export_state_dict(checkpoint.model, checkpoint.variables))
+        model, variables = checkpoint.model, checkpoint.variables
+    else:
+        model, variables = convert_state_dict(read_pth(arguments.input))
+        save_checkpoint(arguments.output, model, variables, OFFICIAL_FORMAT)
+    print(f"{model.backbone}, weights {digest(variables)}: wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,197 @@
+"""The network as a whole, small: padding, batches, references, and the paper's switches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cfbi_jax.models.cfbi import (
+    CFBI,
+    build_model,
+    initial_variables,
+    mask_padding,
+    model_config,
+    parameter_shapes,
+)
+
+SMALL = dict(
+    resnet_blocks=(1, 1, 1, 1),
+    resnet_width=8,
+    decoder_dim=32,
+    embedding_dim=16,
+    matching_dim=16,
+    ensembler_dim=32,
+    windows=(3, 1, 2),
+)
+SIZE = (9, 13)  # of the embedding
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = CFBI(**SMALL)
+    variables = initial_variables(model, seed=0)
+    # The background logits and biases of a fresh network are small: make every path count.
+    variables["params"]["background_bias"] = jnp.float32(-1.0)
+    variables["params"]["foreground_bias"] = jnp.float32(0.5)
+    return model, variables
+
+
+def random_inputs(batch, references, num_objects, seed=0, low=32):
+    """Arguments of `CFBI.segment` but for the number of rows."""
+    rng = np.random.default_rng(seed)
+
+    def embedding(*shape):
+        return jnp.asarray(rng.random((*shape, *SIZE, 16)), jnp.float32)
+
+    def label(*shape):
+        return jnp.asarray(rng.integers(0, num_objects + 1, (*shape, *SIZE)), jnp.uint8)
+
+    return {
+        "reference": embedding(batch, references),
+        "reference_label": label(batch, references),
+        "num_references": jnp.full(batch, references, jnp.int32),
+        "previous": embedding(batch),
+        "previous_label": label(batch),
+        "current": embedding(batch),
+        "low_level": jnp.asarray(rng.random((batch, *SIZE, low)), jnp.float32),
+        "num_objects": jnp.full(batch, num_objects, jnp.int32),
+    }
+
+
+def segment(model, variables, inputs, num_rows):
+    apply = jax.jit(
+        lambda variables, inputs: model.apply(
+            variables, **inputs, num_rows=num_rows, method=CFBI.segment
+        )
+    )
+    return apply(variables, inputs)
+
+
+@pytest.mark.parametrize("num_objects", [0, 2])
+def test_padded_rows_change_nothing(network, num_objects):
+    inputs = random_inputs(1, 1, num_objects)
+    expected = segment(*network, inputs, num_objects + 1)
+    for padding in (1, 7):
+        found = segment(*network, inputs, num_objects + 1 + padding)
+        np.testing.assert_allclose(found[:, : num_objects + 1], expected, atol=1e-4)
+        masked = jax.nn.softmax(mask_padding(found, inputs["num_objects"]), axis=1)
+        np.testing.assert_array_equal(masked[:, num_objects + 1 :], 0)
+        np.testing.assert_allclose(
+            masked[:, : num_objects + 1], jax.nn.softmax(expected, axis=1), atol=1e-4
+        )
+
+
+def test_videos_of_a_batch_keep_their_own_number_of_objects(network):
+    alone = [random_inputs(1, 1, n, seed=n) for n in (0, 1, 3)]
+    together = {k: jnp.concatenate([inputs[k] for inputs in alone]) for k in alone[0]}
+    found = segment(*network, together, 4)
+    for i, n in enumerate((0, 1, 3)):
+        expected = segment(*network, alone[i], n + 1)
+        np.testing.assert_allclose(found[i, : n + 1], expected[0], atol=1e-4)
+
+
+def test_padded_references_change_nothing(network):
+    inputs = random_inputs(1, 2, 2)
+    expected = segment(*network, inputs, 3)
+    padded = dict(inputs)
+    for name in ("reference", "reference_label"):  # with what an unused place may hold
+        padded[name] = jnp.concatenate([inputs[name], inputs[name][:, ::-1] + 1], axis=1)
+    np.testing.assert_allclose(segment(*network, padded, 3), expected, atol=1e-4)
+    one_less = {**inputs, "num_references": jnp.array([1])}
+    assert np.abs(segment(*network, one_less, 3) - expected).max() > 1e-3
+
+
+def test_order_of_references_and_of_rows_is_immaterial(network):
+    inputs = random_inputs(1, 3, 2)
+    expected = segment(*network, inputs, 3)
+    turned = dict(inputs)
+    for name in ("reference", "reference_label"):
+        turned[name] = inputs[name][:, ::-1]
+    np.testing.assert_allclose(segment(*network, turned, 3), expected, atol=1e-4)
+    swapped = dict(inputs)
+    table = jnp.array([0, 2, 1], jnp.uint8)
+    for name in ("reference_label", "previous_label"):
+        swapped[name] = table[inputs[name]]
+    found = segment(*network, swapped, 3)
+    np.testing.assert_allclose(found[:, [0, 2, 1]], expected, atol=1e-4)
+
+
+def test_an_object_without_any_pixel_is_finite(network):
+    inputs = random_inputs(1, 1, 1)
+    inputs["num_objects"] = jnp.array([3])  # objects 2 and 3 vanished at stride 4
+    assert np.isfinite(segment(*network, inputs, 4)).all()
+
+
+def count(model):
+    return sum(np.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(model)["params"]))
+
+
+def shapes(model):
+    flat, _ = jax.tree_util.tree_flatten_with_path(parameter_shapes(model)["params"])
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in flat}
+
+
+def test_switches_remove_what_the_paper_removes():
+    """Input widths follow from the paper: windows, previous mask, and one global map each."""
+    full = shapes(CFBI())
+    assert full["matching_feature/conv/kernel"] == (1, 1, 15, 64)
+    assert full["ensembler/layer1/conv1/kernel"] == (1, 1, 364, 64)
+    assert full["ensembler/gate1/linear/kernel"] == (400, 364)
+
+    pixel = shapes(CFBI(pixel_background=False))
+    assert pixel["matching_feature/conv/kernel"] == (1, 1, 8, 64)
+    assert pixel["ensembler/layer1/conv1/kernel"] == (1, 1, 264, 64)
+    assert pixel["ensembler/gate1/linear/kernel"] == (400, 264)
+
+    instance = shapes(CFBI(instance_background=False))
+    assert instance["ensembler/gate1/linear/kernel"] == (200, 364)
+
+    biases = {"background_bias", "foreground_bias"}
+    assert set(full) - set(shapes(CFBI(distance_bias=False))) == biases
+
+    single = shapes(CFBI(windows=(12,)))
+    assert single["matching_feature/conv/kernel"] == (1, 1, 5, 64)
+
+    no_attention = shapes(CFBI(instance_attention=False))
+    assert not any("gate" in name for name in no_attention)
+    assert no_attention["ensembler/logits/foreground/linear/kernel"] == (128, 1)
+
+    feelvos = shapes(CFBI(head="feelvos"))
+    assert feelvos["ensembler/depthwise1/kernel"] == (7, 7, 1, 364)
+    assert feelvos["ensembler/pointwise4/kernel"] == (1, 1, 256, 256)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        dict(pixel_background=False),
+        dict(instance_background=False),
+        dict(distance_bias=False),
+        dict(instance_attention=False),
+        dict(head="feelvos"),
+        dict(head="feelvos", instance_attention=False, pixel_background=False, windows=(3,)),
+        dict(global_atrous_rate=2, local_atrous_rate=2),
+    ],
+)
+def test_every_switch_runs_and_ignores_padding(switch):
+    model = CFBI(**{**SMALL, **switch})
+    variables = initial_variables(model, seed=1)
+    inputs = random_inputs(1, 1, 2)
+    expected = segment(model, variables, inputs, 3)
+    assert np.isfinite(expected).all()
+    found = segment(model, variables, inputs, 5)
+    np.testing.assert_allclose(found[:, :3], expected, atol=1e-4)
+
+
+
+def test_model_config_round_trip_and_errors():
+    model = CFBI(backbone="mobilenet_v2", windows=(4, 2), compute_dtype=jnp.bfloat16)
+    assert build_model(model_config(model)) == model
+    with pytest.raises(ValueError, match='unknown model field "widnows"'):
+        build_model({"widnows": (1,)})
+    with pytest.raises(ValueError, match="compute_dtype"):
+        build_model({"compute_dtype": "float64"})
+    with pytest.raises(ValueError, match='head is "other"'):
+        parameter_shapes(CFBI(head="other"))
+    with pytest.raises(ValueError, match='backbone is "vgg"'):
+        parameter_shapes(CFBI(backbone="vgg"))

@@ -1,0 +1,113 @@
+"""Layers against independent implementations: XLA's own convolution, OpenCV, SciPy, formulas."""
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.signal import correlate
+
+from cfbi_jax.models import images, layers
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_depthwise_convolution(stride, dilation, padding):
+    x, kernel = random(2, 11, 14, 5), random(3, 3, 1, 5, seed=1)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((padding, padding),) * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=5,
+    )
+    found = layers.conv2d(
+        x, kernel, stride=stride, dilation=dilation, padding=padding, depthwise=True
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 1, 2), (3, 2, 1)])
+def test_convolution_is_correlation_with_zero_padding(size, stride, dilation):
+    x, kernel = random(1, 9, 10, 3), random(size, size, 3, 4, seed=1)
+    padding = dilation * (size - 1) // 2
+    found = layers.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
+    padded = np.pad(np.asarray(x[0]), ((padding, padding), (padding, padding), (0, 0)))
+    spread = np.zeros((dilation * (size - 1) + 1,) * 2 + (3, 4), np.float32)
+    spread[::dilation, ::dilation] = kernel
+    for o in range(4):
+        expected = correlate(padded, spread[..., o], mode="valid")[::stride, ::stride, 0]
+        np.testing.assert_allclose(found[0, ..., o], expected, atol=1e-5)
+
+
+def test_frozen_batch_norm_has_no_trainable_parameter():
+    norm = layers.FrozenBatchNorm()
+    variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))
+    assert set(variables) == {"frozen"}
+    frozen = {"scale": 2.0, "bias": 3.0, "mean": 1.0, "var": 4.0}
+    frozen = {k: jnp.full(3, v) for k, v in frozen.items()}
+    x = random(1, 2, 2, 3)
+    expected = (x - 1) / np.sqrt(4 + 1e-5) * 2 + 3
+    np.testing.assert_allclose(norm.apply({"frozen": frozen}, x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [((40, 60), (33, 49)), ((24, 31), (49, 65)), ((33, 17), (33, 17))])
+def test_cubic_resize_of_frames_is_opencvs(sizes):
+    size, out = sizes
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.float32)
+    expected = cv2.resize(image, out[::-1], interpolation=cv2.INTER_CUBIC)
+    found = layers.resize(jnp.asarray(image)[None], out, "bicubic", align_corners=False)[0]
+    assert expected.min() < 0 or size == out  # overshoot is kept, not clipped
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # of 255
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_resizing_keeps_constants_and_corners(method):
+    x = random(1, 5, 7, 2)
+    found = layers.resize(x, (11, 4), method)
+    np.testing.assert_allclose(found[0, [0, -1]][:, [0, -1]], x[0, [0, -1]][:, [0, -1]], atol=1e-5)
+    np.testing.assert_allclose(layers.resize(jnp.ones((1, 5, 7, 1)), (1, 20), method), 1, atol=1e-6)
+
+
+def test_gct_starts_as_the_identity_and_has_finite_gradients_at_zero():
+    gct = layers.GatedChannelTransform()
+    x = random(2, 4, 5, 3)
+    variables = gct.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(gct.apply(variables, x), x)
+    zeros = jnp.zeros_like(x)
+    gradient = jax.grad(lambda v, x: gct.apply(v, x).sum(), (0, 1))(variables, zeros)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    "size, scale, limit, expected",
+    [
+        ((480, 854), 1.0, 1040, (481, 849)),
+        ((97, 129), 1.0, 1040, (97, 129)),
+        ((100, 134), 1.15, 800, (113, 161)),
+        ((1080, 1920), 1.0, 1040, (577, 1041)),  # 585 x 1040 before the rounding
+        ((720, 1280), 1.0, 800, (449, 801)),
+        ((41, 57), 1.0, 1040, (33, 65)),  # 40 / 16 = 2.5 -> 2 and 56 / 16 = 3.5 -> 4: half to even
+    ],
+)
+def test_network_size(size, scale, limit, expected):
+    assert images.network_size(size, scale, limit) == expected
+
+
+def test_prepare_orders_and_normalises_channels():
+    frame = np.zeros((1, 17, 17, 3), np.uint8)
+    frame[..., 0], frame[..., 2] = 255, 51  # red and blue
+    official = images.prepare(jnp.asarray(frame), (17, 17), images.OFFICIAL_FORMAT)[0, 0, 0]
+    blue, green, red = (0.2 - 0.485) / 0.229, -0.456 / 0.224, (1 - 0.406) / 0.225
+    np.testing.assert_allclose(official, [blue, green, red], rtol=1e-5)
+    rgb = images.prepare(jnp.asarray(frame), (17, 17), images.IMAGENET_FORMAT)[0, 0, 0]
+    np.testing.assert_allclose(rgb[0], (1 - 0.485) / 0.229, rtol=1e-5)
+    with pytest.raises(ValueError, match="channel_order"):
+        images.ImageFormat(channel_order="grb")

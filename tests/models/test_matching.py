@@ -1,0 +1,174 @@
+"""Matching against the definitions (paper eq. 1-7), written with loops over pixels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfbi_jax.models import matching
+
+FAR = 5e4
+
+
+def distance(squared, bias):
+    return 1 - 2 / (1 + np.exp(np.minimum(squared + bias, 500.0)))
+
+
+def slow_global(query, reference, label, bias):
+    """Eq. 2. query [h, w, c], reference [r, h, w, c], label [r, h, w] -> [h, w, rows]."""
+    out = np.ones((*query.shape[:2], len(bias)))
+    for y, x in np.ndindex(*query.shape[:2]):
+        for row in range(len(bias)):
+            pixels = reference[label == row]
+            if len(pixels):
+                out[y, x, row] = distance(
+                    np.square(pixels - query[y, x]).sum(axis=-1).min(), bias[row]
+                )
+    return out
+
+
+def slow_local(query, previous, label, bias, windows, rate=1):
+    """Eq. 4 and 5 -> [h, w, rows, windows]."""
+    height, width = query.shape[:2]
+    out = np.ones((height, width, len(bias), len(windows)))
+    for y, x, row in np.ndindex(height, width, len(bias)):
+        for i, k in enumerate(windows):
+            nearest = FAR
+            reach = k // rate * rate
+            for v in range(y - reach, y + reach + 1, rate):
+                for u in range(x - reach, x + reach + 1, rate):
+                    if 0 <= v < height and 0 <= u < width and label[v, u] == row:
+                        squared = np.square(previous[v, u] - query[y, x]).sum()
+                        nearest = min(nearest, squared)
+            out[y, x, row, i] = distance(nearest, bias[row])
+    return out
+
+
+def random_case(seed, height, width, channels, rows, references=1, nobody=True):
+    """Float64 arrays and labels; with `nobody`, about a row's share of pixels has no row."""
+    rng = np.random.default_rng(seed)
+    query = rng.random((height, width, channels))
+    reference = rng.random((references, height, width, channels))
+    label = rng.integers(0, rows + nobody, (references, height, width))
+    label = np.where(label == rows, matching.NOBODY, label).astype(np.uint8)
+    bias = rng.normal(size=rows)
+    return query, reference, label, bias
+
+
+def f32(*arrays):
+    return [jnp.asarray(a, a.dtype if a.dtype == np.uint8 else jnp.float32)[None] for a in arrays]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    height=st.integers(1, 9),
+    width=st.integers(1, 11),
+    channels=st.integers(1, 6),
+    rows=st.integers(1, 5),
+    references=st.integers(1, 3),
+)
+def test_global_matching(seed, height, width, channels, rows, references):
+    query, reference, label, bias = random_case(seed, height, width, channels, rows, references)
+    found = matching.global_matching(
+        *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
+    )
+    np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
+
+
+def test_global_matching_over_several_tiles_and_chunks(monkeypatch):
+    """Sizes that divide nothing, with tiles of 7 and chunks of 13 pixels."""
+    monkeypatch.setattr(matching, "REFERENCE_TILE", 7)
+    monkeypatch.setattr(matching, "QUERY_CHUNK", 13)
+    query, reference, label, bias = random_case(0, 9, 11, 4, 4, references=2)
+    label[label == 2] = 0  # an absent object between present ones
+    found = matching.global_matching(
+        *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
+    )
+    np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
+    np.testing.assert_array_equal(found[0, ..., 2], 1)
+
+
+def test_global_matching_of_ties_and_of_a_batch():
+    query, reference, label, bias = random_case(1, 5, 6, 3, 3)
+    reference[:] = reference[0, 0, 0]  # every reference pixel is the same
+    twice = [jnp.concatenate([a, a[:, :, ::-1]]) for a in f32(query)]
+    both = [jnp.concatenate([a, a]) for a in f32(reference, label)]
+    found = matching.global_matching(*twice, *both, jnp.asarray(bias, jnp.float32))
+    expected = slow_global(query, reference, label, bias)
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+    np.testing.assert_allclose(found[1], expected[:, ::-1], atol=2e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    height=st.integers(1, 7),
+    width=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    windows=st.sampled_from([(2,), (3, 1, 2), (4, 2), (6, 1)]),
+    rate=st.integers(1, 2),
+)
+def test_local_matching(seed, height, width, rows, windows, rate):
+    query, reference, label, bias = random_case(seed, height, width, 3, rows)
+    found = matching.local_matching(
+        *f32(query, reference[0], label[0]),
+        jnp.asarray(bias, jnp.float32),
+        windows,
+        downsample=False,
+        atrous_rate=rate,
+    )
+    expected = slow_local(query, reference[0], label[0], bias, windows, rate)
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+
+
+def test_local_matching_over_several_strips(monkeypatch):
+    monkeypatch.setattr(matching, "STRIP", 4)
+    query, reference, label, bias = random_case(2, 6, 11, 3, 3)
+    found = matching.local_matching(
+        *f32(query, reference[0], label[0]),
+        jnp.asarray(bias, jnp.float32),
+        (3, 1),
+        downsample=False,
+    )
+    expected = slow_local(query, reference[0], label[0], bias, (3, 1))
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), padding=st.integers(0, 3))
+def test_background_is_the_nearest_other_row(seed, rows, padding):
+    rng = np.random.default_rng(seed)
+    foreground = rng.integers(0, 4, (1, 3, 4, rows + padding, 2)) / 4  # with ties
+    valid = np.arange(rows + padding)[None] < rows
+    found = matching.background_distance(
+        jnp.asarray(foreground, jnp.float32), jnp.asarray(valid, jnp.float32)
+    )
+    for row in range(rows):
+        others = [j for j in range(rows) if j != row]
+        expected = foreground[..., others, :].min(axis=3) if others else foreground[..., row, :]
+        np.testing.assert_array_equal(found[..., row, :], expected)
+
+
+@pytest.mark.parametrize("which", ["query", "reference", "bias"])
+def test_gradients_are_those_of_finite_differences(which):
+    query, reference, label, bias = random_case(3, 4, 5, 3, 3)
+    arrays = {"query": query[None], "reference": reference[None], "bias": bias}
+    arrays = {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()}
+    weights = jnp.asarray(np.random.default_rng(0).random((1, 4, 5, 3)), jnp.float32)
+
+    def loss(value):
+        inputs = {**arrays, which: value}
+        found = matching.global_matching(
+            inputs["query"], inputs["reference"], jnp.asarray(label)[None], inputs["bias"]
+        )
+        return jnp.sum(found * weights)
+
+    value = arrays[which]
+    direction = jnp.asarray(np.random.default_rng(1).standard_normal(value.shape), jnp.float32)
+    step = 1e-3
+    slope = (loss(value + step * direction) - loss(value - step * direction)) / (2 * step)
+    found = jnp.sum(jax.grad(loss)(value) * direction)
+    np.testing.assert_allclose(found, slope, rtol=2e-2, atol=2e-3)

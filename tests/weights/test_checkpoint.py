@@ -1,0 +1,74 @@
+"""Checkpoints: what is read back, and what is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import cfbi_jax
+from cfbi_jax.models.cfbi import CFBI, initial_variables
+from cfbi_jax.models.images import OFFICIAL_FORMAT, ImageFormat
+from cfbi_jax.weights.checkpoint import digest
+
+SMALL = dict(
+    resnet_blocks=(1, 1, 1, 1), resnet_width=8, decoder_dim=32, embedding_dim=16, ensembler_dim=32
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = CFBI(**SMALL, windows=(4, 2), instance_background=False)
+    return model, initial_variables(model, seed=3)
+
+
+def test_round_trip(tmp_path, network):
+    model, variables = network
+    image_format = ImageFormat("bgr", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, image_format)
+    found = cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+    assert found.model == model
+    assert found.image_format == image_format
+    assert jax.tree.structure(found.variables) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert digest(found.variables) == digest(variables)
+    changed = jax.tree.map(lambda x: x, variables)
+    changed["params"]["background_bias"] = np.float32(1e-9)
+    assert digest(changed) != digest(variables)
+
+
+def test_never_overwrites(tmp_path, network):
+    (tmp_path / "ckpt").mkdir()
+    with pytest.raises(FileExistsError, match="ckpt"):
+        cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        cfbi_jax.load_checkpoint(tmp_path / "none")
+    (tmp_path / "x.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.pth is a file.*convert_weights"):
+        cfbi_jax.load_checkpoint(tmp_path / "x.pth")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"folder is no checkpoint.*weights\.bin"):
+        cfbi_jax.load_checkpoint(tmp_path / "folder")
+
+
+def test_another_architecture(tmp_path, network):
+    """A checkpoint whose config names an architecture that its arrays are not of."""
+    model, variables = network
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, OFFICIAL_FORMAT)
+    config_file = tmp_path / "ckpt" / "config" / "metadata"  # the name that Orbax gives it
+    config = json.loads(config_file.read_text())
+    config["model"] |= {"windows": [4], "resnet_blocks": [2, 1, 1, 1]}
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+    assert "missing: params/deeplab/backbone/layer1_1/conv1/kernel (1, 1, 32, 8)" in str(error.value)
+    with pytest.raises(ValueError, match="wrong shape|missing"):
+        cfbi_jax.save_checkpoint(tmp_path / "new", CFBI(**SMALL), variables, OFFICIAL_FORMAT)
+    config["model"] = {"head": "ensembler", "wings": 2}
+    config_file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='unknown model field "wings"'):
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")

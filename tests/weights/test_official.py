@@ -1,0 +1,181 @@
+"""Official state dicts in and out, on full-size dicts made from the recipe."""
+
+import json
+import re
+import zlib
+
+import jax
+import numpy as np
+import pytest
+import recipe
+
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.weights.official import (
+    convert_backbone,
+    convert_state_dict,
+    export_state_dict,
+)
+
+MODELS = {"r101_cfbi": "resnet101", "mbv2_cfbi": "mobilenet_v2"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_is_the_published_one(name):
+    checksums = json.loads((recipe.DATA / f"checksums_{name}.json").read_text())
+    state = recipe.recipe_state_dict(name)
+    found = {k: zlib.crc32(np.ascontiguousarray(v).tobytes()) for k, v in state.items()}
+    assert found == checksums
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bit_exact_both_ways(name):
+    state = recipe.recipe_state_dict(name)
+    model, variables = convert_state_dict(state)
+    assert model == CFBI(backbone=MODELS[name])
+    exported = export_state_dict(model, variables)
+    assert set(exported) == set(state)
+    for key, value in state.items():
+        assert exported[key].dtype == np.float32
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+    _, again = convert_state_dict(exported)
+    assert jax.tree.structure(again) == jax.tree.structure(variables)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_layouts():
+    """One array of each layout, by its meaning rather than by the converter's own rules."""
+    state = recipe.recipe_state_dict("r101_cfbi")
+    _, variables = convert_state_dict(state)
+    params, frozen = variables["params"], variables["frozen"]
+    kernel = state["feature_extracter.backbone.layer2.0.conv2.weight"]  # [out, in, y, x]
+    ours = params["deeplab"]["backbone"]["layer2_0"]["conv2"]["kernel"]
+    assert ours[0, 2, 5, 7] == kernel[7, 5, 0, 2]
+    gate = state["dynamic_seghead.IA10.IA.weight"]  # [out, in]
+    assert params["ensembler"]["gate10"]["linear"]["kernel"][3, 4] == gate[4, 3]
+    alpha = state["dynamic_seghead.layer1.GCT1.alpha"]
+    assert params["ensembler"]["layer1"]["gct"]["alpha"][9] == alpha[0, 9, 0, 0]
+    depthwise = state["seperate_conv.weight"]  # [c, 1, y, x]
+    assert params["pixel_embedding"]["depthwise"]["kernel"][1, 2, 0, 6] == depthwise[6, 0, 1, 2]
+    assert params["background_bias"] == state["bg_bias"].item()
+    bn = frozen["deeplab"]["backbone"]["bn1"]
+    assert bn["var"][3] == state["feature_extracter.backbone.bn1.running_var"][3]
+    assert bn["scale"][3] == state["feature_extracter.backbone.bn1.weight"][3]
+
+
+def test_data_parallel_prefix():
+    state = recipe.recipe_state_dict("mbv2_cfbi")
+    _, plain = convert_state_dict(state)
+    _, prefixed = convert_state_dict({f"module.{k}": v for k, v in state.items()})
+    assert plain["params"]["foreground_bias"] == prefixed["params"]["foreground_bias"]
+
+
+def test_every_problem_is_listed():
+    state = dict(recipe.recipe_state_dict("r101_cfbi"))
+    del state["embedding_conv.bias"], state["dynamic_seghead.conv2.weight"]
+    state["optimizer.momentum"] = np.zeros(3, np.float32)
+    state["dynamic_prehead.conv.weight"] = np.zeros((64, 8, 1, 1), np.float32)
+    state["dynamic_seghead.bn2.bias"] = state["dynamic_seghead.bn2.bias"].astype(np.float16)
+    state["semantic_embedding.0.bias"] = state["semantic_embedding.0.bias"] + 1
+    with pytest.raises(ValueError) as error:
+        convert_state_dict(state)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("(6 problems):")
+    assert [line.strip() for line in lines[1:]] == [
+        "missing: dynamic_seghead.conv2.weight (128, 128, 3, 3)",
+        "missing: embedding_conv.bias (100,)",
+        "extra: optimizer.momentum (3,)",
+        "wrong shape: dynamic_prehead.conv.weight is (64, 8, 1, 1), expected (64, 15, 1, 1)",
+        "wrong type: dynamic_seghead.bn2.bias is float16, expected float32",
+        "two values for one tensor: semantic_embedding.0.bias and seperate_conv.bias",
+    ]
+
+
+def test_other_networks_are_named():
+    state = recipe.recipe_state_dict("r101_cfbi")
+    with pytest.raises(ValueError, match="CFBI\\+"):
+        convert_state_dict({**state, "fpn.toplayer.1.weight": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="not a CFBI state dict.*found conv1.weight"):
+        convert_state_dict({"conv1.weight": np.zeros((64, 3, 7, 7), np.float32)})
+
+
+@pytest.mark.parametrize("field, value", [("windows", (12,)), ("head", "feelvos")])
+def test_a_model_that_the_official_code_lacks_is_not_exported(field, value):
+    with pytest.raises(ValueError, match=field):
+        export_state_dict(CFBI(**{field: value}), {})
+
+
+# --------------------------------------------------------------------------- backbone-only files
+
+
+def deeplab_state(name):
+    """As DeepLabv3+ files are: no prefix, a classifier, and counters beside the running means."""
+    prefix = "feature_extracter."
+    state = {}
+    for key, value in recipe.recipe_state_dict(name).items():
+        if key.startswith(prefix) and recipe.canonical_key(key) == key:
+            state[key.removeprefix(prefix)] = value
+            if key.endswith("running_mean"):
+                counter = key.removeprefix(prefix).replace("running_mean", "num_batches_tracked")
+                state[counter] = np.array(7)
+    state["decoder.last_conv.8.weight"] = np.zeros((21, 256, 1, 1), np.float32)
+    state["decoder.last_conv.8.bias"] = np.zeros(21, np.float32)
+    return state
+
+
+def torchvision_resnet_state():
+    state = {k: v for k, v in deeplab_state("r101_cfbi").items() if k.startswith("backbone.")}
+    state = {k.removeprefix("backbone."): v for k, v in state.items()}
+    return state | {"fc.weight": np.zeros((1000, 2048), np.float32), "fc.bias": np.zeros(1000)}
+
+
+def torchvision_mobilenet_state():
+    """torchvision's names: ConvBNReLU triples are modules of their own."""
+    state = {}
+    for key, value in deeplab_state("mbv2_cfbi").items():
+        found = re.match(r"backbone\.features\.(\d+)\.(conv\.)?(\d+)\.(\w+)$", key)
+        if not found:
+            continue
+        block, _, index, leaf = found.groups()
+        index = int(index)
+        if block == "0":
+            name = f"features.0.{index}.{leaf}"
+        else:
+            last = 3 if block == "1" else 6  # position of the projection
+            module = {0: "0.0", 1: "0.1", 3: "1.0", 4: "1.1"}
+            if index >= last:
+                module = {last: str(last // 3), last + 1: str(last // 3 + 1)}
+            name = f"features.{block}.conv.{module[index]}.{leaf}"
+        state[name] = value
+    state["features.18.0.weight"] = np.zeros((1280, 320, 1, 1), np.float32)
+    state["classifier.1.weight"] = np.zeros((1000, 1280), np.float32)
+    return state
+
+
+@pytest.mark.parametrize(
+    "name, make, parts",
+    [
+        ("r101_cfbi", lambda: deeplab_state("r101_cfbi"), {"backbone", "aspp", "decoder"}),
+        ("mbv2_cfbi", lambda: deeplab_state("mbv2_cfbi"), {"backbone", "aspp", "decoder"}),
+        ("r101_cfbi", torchvision_resnet_state, {"backbone"}),
+        ("mbv2_cfbi", torchvision_mobilenet_state, {"backbone"}),
+    ],
+)
+def test_backbone_files(name, make, parts):
+    model, full = convert_state_dict(recipe.recipe_state_dict(name))
+    found = convert_backbone(make(), model)
+    for collection in ("params", "frozen"):
+        assert set(found[collection]) == {"deeplab"}
+        assert set(found[collection]["deeplab"]) == parts
+        for part in parts:
+            expected = full[collection]["deeplab"][part]
+            jax.tree.map(np.testing.assert_array_equal, found[collection]["deeplab"][part], expected)
+
+
+def test_backbone_file_of_another_network():
+    state = torchvision_resnet_state()
+    with pytest.raises(ValueError, match="do not fit"):
+        convert_backbone(state, CFBI(backbone="mobilenet_v2"))
+    state.pop("layer3.4.conv2.weight")
+    with pytest.raises(ValueError, match="missing: .*layer3.4.conv2.weight"):
+        convert_backbone(state, CFBI())
