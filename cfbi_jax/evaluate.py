@@ -75,6 +75,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
     if not config.overwrite:
         dataset.check_made_by(videos, workdir, made_by)
     segmenter = VideoSegmenter.from_loaded(checkpoint, options)
+    for video in videos:
+        segmenter.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -252,13 +252,13 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
 
     In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
     """
-    ids = np.flatnonzero(np.bincount(label.ravel(), minlength=256))
+    ids = _ids_in(label)
     ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
     if len(ids) < 3:
         return
     kernel = np.ones((3, 3), np.uint8)
     inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
-    only_in_edges = np.setdiff1d(ids, label[inside])
+    only_in_edges = np.setdiff1d(ids, _ids_in(label, inside.view(np.uint8)))
     # Small ids may be real objects, barely visible; ids that jump to high values are shades.
     suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
@@ -267,3 +267,10 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
             f"{name}: {len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
             f" or resized mask; expected hard edges and at most {MAX_IDS_IN_MASK} objects"
         )
+
+
+def _ids_in(
+    label: UInt8[np.ndarray, "height width"], where: UInt8[np.ndarray, "height width"] | None = None
+) -> Integer[np.ndarray, " ids"]:
+    """The values of `label`, ascending. OpenCV's histogram is ten times faster than np.unique."""
+    return np.flatnonzero(cv2.calcHist([label], [0], where, [256], [0, 256]))

@@ -13,7 +13,7 @@ the work, and everything else here is bookkeeping between a user's ids and the n
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,6 @@ LOGGER = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Frame = UInt8[np.ndarray, "height width 3"]
 Label = UInt8[np.ndarray, "height width"]
 Probabilities = Float[np.ndarray, "rows height width"]
 
@@ -59,7 +58,7 @@ class Options:
         one compilation serves any video, and more objects are an error.
     """
 
-    scales: tuple[float, ...] = (1.0,)
+    scales: Sequence[float] = (1.0,)
     flip: bool = False
     max_long_edge: int | None = None
     global_atrous_rate: int = 1
@@ -106,7 +105,8 @@ class State:
     num_references: Int[Array, ""] | int
 
 
-Features = tuple[tuple[Float[Array, "1 h w c"], Float[Array, "1 h w low"]], ...]  # one per view
+# (embedding, low-level features) of every view; views differ in size
+Features = tuple[tuple[Float[Array, "1 _ _ _"], Float[Array, "1 _ _ _"]], ...]
 
 
 def padded_rows(num_objects: int) -> int:
@@ -180,8 +180,8 @@ class VideoSegmenter:
 
     def segment(
         self,
-        frames: Iterable[Frame],
-        masks: Mapping[int, Label],
+        frames: Iterable[np.ndarray],
+        masks: Mapping[int, np.ndarray],
         return_probabilities: bool = False,
         times: list[float] | None = None,
     ) -> Iterator[Label] | Iterator[tuple[Label, Probabilities]]:
@@ -228,14 +228,14 @@ class VideoSegmenter:
 
     # ----------------------------------------------------------------------------- frame by frame
 
-    def start(self, frame: Frame, mask: Label) -> Label:
+    def start(self, frame: np.ndarray, mask: np.ndarray) -> Label:
         """Begins a new video and forgets the last one. Returns the mask, its label."""
         mask = check_label(mask, "mask of frame 0")
         self._check_masks({0: mask}, empty_allowed=True)
         self._video = _Video(self, with_probabilities=False)
         return self._video.advance(frame, mask).fetch()
 
-    def step(self, frame: Frame, mask: Label | None = None) -> Label:
+    def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> Label:
         """The label of the next frame of the video that `start` began."""
         if self._video is None:
             raise ValueError("step was called before start")
@@ -248,6 +248,7 @@ class VideoSegmenter:
         if not ids and not empty_allowed:
             raise ValueError("no mask holds an object: every pixel given is background (0)")
         self.check_object_count(len(ids))
+        self.check_reference_count(len(masks))
 
     def check_object_count(self, count: int) -> None:
         limit = self.options.max_objects
@@ -255,6 +256,14 @@ class VideoSegmenter:
             raise ValueError(
                 f"the masks hold {count} objects, and max_objects is {limit}: no row is left for "
                 f"{count - limit} of them; raise max_objects or leave it None"
+            )
+
+    def check_reference_count(self, count: int, video: str = "the video") -> None:
+        limit = self.options.max_references
+        if count > limit:
+            raise ValueError(
+                f"{video} has masks for {count} frames, and max_references is {limit}: raise "
+                "max_references (memory and the time per frame grow with the masks)"
             )
 
     # -------------------------------------------------------------------------- jitted functions
@@ -385,13 +394,13 @@ class _Video:
         self._ids: tuple[int, ...] = ()  # in order of appearance; row 0 is the background
         self.index = 0  # of the next frame
 
-    def background(self, frame: Frame) -> _Result:
+    def background(self, frame: np.ndarray) -> _Result:
         """A frame before the first mask: there is nothing to look for yet."""
         self._check_frame(frame)
         self.index += 1
         return self._result(np.zeros(self._size, np.uint8), None, None)
 
-    def advance(self, frame: Frame, mask: Label | None) -> _Result:
+    def advance(self, frame: np.ndarray, mask: Label | None) -> _Result:
         """Dispatches the computation of the next frame and takes it into the state."""
         self._check_frame(frame)
         self._check_mask(mask)
@@ -422,7 +431,7 @@ class _Video:
     def _result(self, rows, probabilities, given) -> _Result:
         return _Result(rows, probabilities, given, self._ids, self._with_probabilities)
 
-    def _check_frame(self, frame: Frame) -> None:
+    def _check_frame(self, frame: np.ndarray) -> None:
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
             found = f"{getattr(frame, 'dtype', type(frame))} {getattr(frame, 'shape', '')}"
             raise ValueError(f"frame {self.index} is {found}; expected uint8 [height, width, 3]")
@@ -451,12 +460,8 @@ class _Video:
             )
         ids = set(np.unique(mask).tolist()) - {0}
         self._segmenter.check_object_count(len(ids | set(self._ids)))
-        limit = self._segmenter.options.max_references
-        if self._state is not None and self._state.num_references >= limit:
-            raise ValueError(
-                f"the mask of frame {self.index} is number {limit + 1} of this video, and "
-                f"max_references is {limit}: raise max_references (time and memory grow with it)"
-            )
+        if self._state is not None:
+            self._segmenter.check_reference_count(self._state.num_references + 1)
 
     def _to_rows(self, mask: Label) -> Label:
         """Ids -> rows; new ids get the next rows."""

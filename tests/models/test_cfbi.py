@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import SMALL, small_network
 
 from cfbi_jax.models.cfbi import (
     CFBI,
@@ -14,26 +15,12 @@ from cfbi_jax.models.cfbi import (
     parameter_shapes,
 )
 
-SMALL = dict(
-    resnet_blocks=(1, 1, 1, 1),
-    resnet_width=8,
-    decoder_dim=32,
-    embedding_dim=16,
-    matching_dim=16,
-    ensembler_dim=32,
-    windows=(3, 1, 2),
-)
 SIZE = (9, 13)  # of the embedding
 
 
 @pytest.fixture(scope="module")
 def network():
-    model = CFBI(**SMALL)
-    variables = initial_variables(model, seed=0)
-    # The background logits and biases of a fresh network are small: make every path count.
-    variables["params"]["background_bias"] = jnp.float32(-1.0)
-    variables["params"]["foreground_bias"] = jnp.float32(0.5)
-    return model, variables
+    return small_network()
 
 
 def random_inputs(batch, references, num_objects, seed=0, low=32):
@@ -181,7 +168,6 @@ def test_every_switch_runs_and_ignores_padding(switch):
     assert np.isfinite(expected).all()
     found = segment(model, variables, inputs, 5)
     np.testing.assert_allclose(found[:, :3], expected, atol=1e-4)
-
 
 
 def test_model_config_round_trip_and_errors():

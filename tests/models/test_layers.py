@@ -58,7 +58,9 @@ def test_frozen_batch_norm_has_no_trainable_parameter():
     np.testing.assert_allclose(norm.apply({"frozen": frozen}, x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [((40, 60), (33, 49)), ((24, 31), (49, 65)), ((33, 17), (33, 17))])
+@pytest.mark.parametrize(
+    "sizes", [((40, 60), (33, 49)), ((24, 31), (49, 65)), ((33, 17), (33, 17))]
+)
 def test_cubic_resize_of_frames_is_opencvs(sizes):
     size, out = sizes
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.float32)

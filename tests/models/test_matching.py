@@ -72,9 +72,7 @@ def f32(*arrays):
 )
 def test_global_matching(seed, height, width, channels, rows, references):
     query, reference, label, bias = random_case(seed, height, width, channels, rows, references)
-    found = matching.global_matching(
-        *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
-    )
+    found = matching.global_matching(*f32(query, reference, label), jnp.asarray(bias, jnp.float32))
     np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
 
 
@@ -84,9 +82,7 @@ def test_global_matching_over_several_tiles_and_chunks(monkeypatch):
     monkeypatch.setattr(matching, "QUERY_CHUNK", 13)
     query, reference, label, bias = random_case(0, 9, 11, 4, 4, references=2)
     label[label == 2] = 0  # an absent object between present ones
-    found = matching.global_matching(
-        *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
-    )
+    found = matching.global_matching(*f32(query, reference, label), jnp.asarray(bias, jnp.float32))
     np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
     np.testing.assert_array_equal(found[0, ..., 2], 1)
 

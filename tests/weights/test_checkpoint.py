@@ -5,20 +5,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from small import SMALL
 
 import cfbi_jax
 from cfbi_jax.models.cfbi import CFBI, initial_variables
 from cfbi_jax.models.images import OFFICIAL_FORMAT, ImageFormat
 from cfbi_jax.weights.checkpoint import digest
 
-SMALL = dict(
-    resnet_blocks=(1, 1, 1, 1), resnet_width=8, decoder_dim=32, embedding_dim=16, ensembler_dim=32
-)
-
 
 @pytest.fixture(scope="module")
 def network():
-    model = CFBI(**SMALL, windows=(4, 2), instance_background=False)
+    model = CFBI(**{**SMALL, "windows": (4, 2)}, instance_background=False)
     return model, initial_variables(model, seed=3)
 
 
@@ -65,7 +62,9 @@ def test_another_architecture(tmp_path, network):
     config_file.write_text(json.dumps(config))
     with pytest.raises(ValueError) as error:
         cfbi_jax.load_checkpoint(tmp_path / "ckpt")
-    assert "missing: params/deeplab/backbone/layer1_1/conv1/kernel (1, 1, 32, 8)" in str(error.value)
+    assert "missing: params/deeplab/backbone/layer1_1/conv1/kernel (1, 1, 32, 8)" in str(
+        error.value
+    )
     with pytest.raises(ValueError, match="wrong shape|missing"):
         cfbi_jax.save_checkpoint(tmp_path / "new", CFBI(**SMALL), variables, OFFICIAL_FORMAT)
     config["model"] = {"head": "ensembler", "wings": 2}

@@ -169,7 +169,9 @@ def test_backbone_files(name, make, parts):
         assert set(found[collection]["deeplab"]) == parts
         for part in parts:
             expected = full[collection]["deeplab"][part]
-            jax.tree.map(np.testing.assert_array_equal, found[collection]["deeplab"][part], expected)
+            jax.tree.map(
+                np.testing.assert_array_equal, found[collection]["deeplab"][part], expected
+            )
 
 
 def test_backbone_file_of_another_network():

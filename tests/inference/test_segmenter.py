@@ -1,0 +1,303 @@
+"""Propagation: the golden videos from first mask to last label, and what a user can rely on."""
+
+import jax
+import numpy as np
+import pytest
+import recipe
+from small import mask_of, random_video, small_network
+
+import cfbi_jax
+from cfbi_jax.inference.segmenter import Options, padded_references, padded_rows
+from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
+from cfbi_jax.weights.official import convert_state_dict
+
+PROBABILITIES, CLEAR = 3e-4, 1e-3
+CASES = {
+    "a": ("r101_cfbi", {}),
+    "c": ("r101_cfbi", {}),  # a second object, and a second reference, at frame 2
+    "e": ("r101_cfbi", {"scales": (1.0, 1.15), "flip": True}),
+    "g": ("mbv2_cfbi", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_videos(case):
+    """Our own predictions as previous masks: nothing may drift over the frames."""
+    name, options = CASES[case]
+    arrays = recipe.golden(f"case_{case}")
+    segmenter = cfbi_jax.VideoSegmenter(
+        *convert_state_dict(recipe.recipe_state_dict(name)), OFFICIAL_FORMAT, Options(**options)
+    )
+    masks = {int(k.split("_")[-1]): v for k, v in arrays.items() if k.startswith("given_label_")}
+    found = list(segmenter.segment(arrays["frames"], masks, return_probabilities=True))
+    assert len(found) == len(arrays["frames"])
+    label, probabilities = found[0]
+    np.testing.assert_array_equal(label, masks[0])
+    np.testing.assert_array_equal(probabilities.argmax(axis=0), masks[0])
+    assert set(np.unique(probabilities)) == {0.0, 1.0}
+    for t, (label, probabilities) in enumerate(found[1:], 1):
+        expected = arrays[f"t{t}_prob"]
+        free = np.ones(label.shape, bool)
+        if t in masks:  # there the golden array is the prediction alone, of the rows known before
+            free = masks[t] == 0
+            np.testing.assert_array_equal(label[~free], masks[t][~free])
+        assert probabilities.dtype == np.float32
+        np.testing.assert_allclose(
+            probabilities[: len(expected), free], expected[:, free], rtol=0, atol=PROBABILITIES
+        )
+        ordered = np.sort(expected, axis=0)
+        clear = free & (ordered[-1] - ordered[-2] > CLEAR)
+        np.testing.assert_array_equal(label[clear], arrays[f"t{t}_label"][clear])
+
+
+# ------------------------------------------------------------------------ with a small network
+
+
+def small_segmenter(**options):
+    return cfbi_jax.VideoSegmenter(*small_network(), IMAGENET_FORMAT, Options(**options))
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    return small_segmenter()
+
+
+BOXES = {1: (4, 4, 20, 24), 2: (22, 30, 38, 52)}
+
+
+def test_streaming_equals_the_whole_video(segmenter):
+    frames = random_video(5)
+    masks = {0: mask_of({1: BOXES[1]}), 3: mask_of({2: BOXES[2]})}
+    whole = list(segmenter.segment(iter(frames), masks))
+    streamed = [segmenter.start(frames[0], masks[0])]
+    streamed += [segmenter.step(frames[t], mask=masks.get(t)) for t in range(1, 5)]
+    np.testing.assert_array_equal(whole, streamed)
+    assert whole[1].dtype == np.uint8 and whole[1].shape == (40, 56)
+    assert 2 not in whole[2] and 2 in whole[3]
+    np.testing.assert_array_equal(whole[3][masks[3] > 0], 2)
+
+
+def test_two_videos_at_once_do_not_mix(segmenter):
+    first, second = random_video(3, seed=1), random_video(3, seed=2)
+    mask = {0: mask_of(BOXES)}
+    expected = [list(segmenter.segment(v, mask)) for v in (first, second)]
+    together = zip(segmenter.segment(first, mask), segmenter.segment(second, mask), strict=True)
+    np.testing.assert_array_equal(list(zip(*together, strict=True)), expected)
+
+
+def test_ids_with_gaps_and_late_smaller_ids(segmenter):
+    """Ids are names: the labels are those of dense ids, renamed; rows ascend by id."""
+    frames = random_video(4)
+    dense = {0: mask_of(BOXES), 2: mask_of({3: (0, 40, 10, 56)})}
+    names = np.array([0, 7, 255, 4], np.uint8)  # the late object has the smallest id
+    named = {t: names[mask] for t, mask in dense.items()}
+    expected = list(segmenter.segment(frames, dense, return_probabilities=True))
+    found = list(segmenter.segment(frames, named, return_probabilities=True))
+    for t, ((label, rows), (named_label, named_rows)) in enumerate(
+        zip(expected, found, strict=True)
+    ):
+        np.testing.assert_array_equal(named_label, names[label])
+        order = [0, 3, 1, 2] if t >= 2 else [0, 1, 2]  # of ids 0, 4, 7, 255
+        np.testing.assert_array_equal(named_rows, rows[order])
+
+
+def test_probabilities(segmenter):
+    frames = random_video(3)
+    masks = {0: mask_of({5: BOXES[1]}), 2: mask_of({9: BOXES[2]})}
+    for t, (label, rows) in enumerate(segmenter.segment(frames, masks, return_probabilities=True)):
+        ids = np.array([0, 5, 9] if t == 2 else [0, 5])
+        assert rows.shape == (len(ids), 40, 56)
+        np.testing.assert_allclose(rows.sum(axis=0), 1, atol=1e-5)
+        np.testing.assert_array_equal(ids[rows.argmax(axis=0)], label)
+
+
+def test_corrections_override_and_are_remembered(segmenter):
+    frames = random_video(4)
+    correction = np.zeros((40, 56), np.uint8)
+    correction[:8] = 1
+    plain = list(segmenter.segment(frames, {0: mask_of(BOXES)}))
+    corrected = list(segmenter.segment(frames, {0: mask_of(BOXES), 1: correction}))
+    np.testing.assert_array_equal(corrected[1], np.where(correction > 0, 1, plain[1]))
+    assert (corrected[2] != plain[2]).any()
+
+
+def test_single_frame_and_first_mask_later(segmenter):
+    frames = random_video(4)
+    mask = mask_of(BOXES)
+    np.testing.assert_array_equal(list(segmenter.segment(frames[:1], {0: mask})), [mask])
+    late = list(segmenter.segment(frames, {2: mask}))
+    np.testing.assert_array_equal(late[:2], 0)
+    expected = list(segmenter.segment(frames[2:], {0: mask}))
+    np.testing.assert_array_equal(late[2:], expected)
+
+
+def test_empty_first_mask_is_a_reference_of_background(segmenter):
+    frames = random_video(4)
+    empty = np.zeros((40, 56), np.uint8)
+    found = list(segmenter.segment(frames, {0: empty, 2: mask_of(BOXES)}, True))
+    np.testing.assert_array_equal(found[1][0], 0)
+    np.testing.assert_array_equal(found[1][1], np.ones((1, 40, 56)))
+    np.testing.assert_array_equal(found[2][0], mask_of(BOXES))
+    without = list(segmenter.segment(frames, {2: mask_of(BOXES)}, True))
+    assert np.abs(found[3][1] - without[3][1]).max() > 1e-6  # frame 0 counts as a reference
+
+
+def test_padding_to_max_objects_changes_nothing():
+    frames, masks = random_video(3), {0: mask_of(BOXES)}
+    expected = list(small_segmenter().segment(frames, masks, True))
+    for max_objects in (2, 6):
+        found = list(small_segmenter(max_objects=max_objects).segment(frames, masks, True))
+        for (label, rows), (padded_label, padded) in zip(expected, found, strict=True):
+            np.testing.assert_allclose(padded, rows, atol=1e-4)
+            clear = np.sort(rows, axis=0)[-1] - np.sort(rows, axis=0)[-2] > 1e-3
+            np.testing.assert_array_equal(padded_label[clear], label[clear])
+
+
+def test_flip_makes_the_result_mirror_symmetric():
+    segmenter = small_segmenter(flip=True)
+    frames, mask = random_video(3, (41, 49)), mask_of({1: (5, 5, 30, 20)}, (41, 49))
+    size = (40, 48)
+    frames, mask = frames[:, : size[0], : size[1]], mask[: size[0], : size[1]]
+    straight = list(segmenter.segment(np.ascontiguousarray(frames), {0: mask}, True))
+    mirrored = list(segmenter.segment(frames[:, :, ::-1].copy(), {0: mask[:, ::-1].copy()}, True))
+    for (_, rows), (_, mirrored_rows) in zip(straight[:2], mirrored[:2], strict=True):
+        np.testing.assert_allclose(mirrored_rows[..., ::-1], rows, atol=1e-4)
+
+
+def test_one_compilation_per_size_objects_and_references():
+    segmenter = small_segmenter()
+    masks = {0: mask_of(BOXES)}
+    list(segmenter.segment(random_video(5), masks))
+    assert segmenter.num_compilations == 2  # embedding, prediction
+    list(segmenter.segment(random_video(3, seed=4), masks))
+    assert segmenter.num_compilations == 2
+    list(segmenter.segment(random_video(3), {0: mask_of({3: BOXES[1]})}))  # one object
+    assert segmenter.num_compilations == 3
+    list(segmenter.segment(random_video(3), {0: mask_of(BOXES), 1: mask_of(BOXES)}))
+    assert segmenter.num_compilations == 4  # two references
+    list(segmenter.segment(random_video(3, (24, 32)), {0: mask_of({1: BOXES[1]}, (24, 32))}))
+    assert segmenter.num_compilations == 6
+
+
+def test_padded_sizes():
+    assert [padded_rows(n) for n in (1, 2, 8, 9, 12, 13)] == [2, 3, 9, 13, 13, 17]
+    assert [padded_references(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 3, 4, 8, 8, 12]
+
+
+def test_many_references(segmenter):
+    """More than the padded steps of 1, 2, 3, 4, 8; every one is used."""
+    frames = random_video(8)
+    masks = {t: mask_of({1: (4 * t, 4, 4 * t + 8, 24)}) for t in range(6)}
+    found = list(segmenter.segment(frames, masks, True))
+    masks[5] = mask_of({1: (0, 0, 40, 50)})
+    other = list(segmenter.segment(frames, masks, True))
+    np.testing.assert_array_equal(found[4][0], other[4][0])
+    assert np.abs(found[7][1] - other[7][1]).max() > 1e-6
+
+
+def test_decoding_is_ahead_of_the_consumer(segmenter):
+    taken = []
+
+    def frames():
+        for t, frame in enumerate(random_video(8)):
+            taken.append(t)
+            yield frame
+
+    labels = segmenter.segment(frames(), {0: mask_of(BOXES)})
+    next(labels)
+    assert 2 <= len(taken) <= 6  # some ahead, and not the whole video
+    labels.close()
+
+
+def test_options_from_checkpoint(tmp_path):
+    model, variables = small_network()
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, IMAGENET_FORMAT)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(
+            tmp_path / "ckpt",
+            compilation_cache=str(tmp_path / "cache"),
+            scales=[1.0, 1.5],
+            global_atrous_rate=2,
+            compute_dtype="bfloat16",
+        )
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert segmenter.options.scales == (1.0, 1.5)
+    assert segmenter.model.global_atrous_rate == 2
+    labels = list(segmenter.segment(random_video(2), {0: mask_of(BOXES)}))
+    assert labels[1].shape == (40, 56)
+    with pytest.raises(TypeError, match="scale"):
+        cfbi_jax.VideoSegmenter.from_checkpoint(tmp_path / "ckpt", scale=2)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(scales=()), "scales"),
+        (dict(scales=(1.0, -1.0)), "scales"),
+        (dict(global_atrous_rate=0), "global_atrous_rate is 0"),
+        (dict(compute_dtype="float8"), 'compute_dtype is "float8"'),
+        (dict(max_objects=0), "max_objects is 0"),
+        (dict(max_references=0), "max_references is 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_bad_masks_are_refused_before_the_first_frame(segmenter):
+    frames = random_video(2)
+
+    def consume(masks, **options):
+        chosen = small_segmenter(**options) if options else segmenter
+        list(chosen.segment((pytest.fail("a frame was read") for _ in frames), masks))
+
+    with pytest.raises(ValueError, match="no mask holds an object"):
+        consume({0: np.zeros((40, 56), np.uint8)})
+    with pytest.raises(ValueError, match=r"mask of frame 0: shape \(40, 56, 3\)"):
+        consume({0: np.zeros((40, 56, 3), np.uint8)})
+    with pytest.raises(ValueError, match="mask of frame 0: ids from 0 to 300"):
+        consume({0: mask_of(BOXES).astype(int) * 150})
+    ramp = np.tile(np.arange(56, dtype=np.uint8) * 4, (40, 1))
+    with pytest.raises(ValueError, match="anti-aliased"):
+        consume({0: ramp})
+    with pytest.raises(ValueError, match="2 objects, and max_objects is 1: no row is left"):
+        consume({0: mask_of({1: BOXES[1]}), 1: mask_of({4: BOXES[2]})}, max_objects=1)
+    with pytest.raises(ValueError, match="masks for 2 frames, and max_references is 1"):
+        consume({0: mask_of(BOXES), 1: mask_of(BOXES)}, max_references=1)
+
+
+def test_bad_frames(segmenter):
+    mask = {0: mask_of(BOXES)}
+    with pytest.raises(ValueError, match="mask of frame 0 has 40 x 56 pixels; expected 32 x 40"):
+        list(segmenter.segment(random_video(2, (32, 40)), mask))
+    mixed = [*random_video(2), *random_video(1, (32, 40))]
+    with pytest.raises(ValueError, match="frame 2 has 32 x 40 pixels; expected 40 x 56"):
+        list(segmenter.segment(mixed, mask))
+    with pytest.raises(ValueError, match=r"frame 0 is float64 \(40, 56, 3\); expected uint8"):
+        list(segmenter.segment(random_video(1) / 255.0, mask))
+    with pytest.raises(ValueError, match="4 channels"):
+        list(segmenter.segment([np.zeros((40, 56, 4), np.uint8)], mask))
+    with pytest.raises(ValueError, match=r"masks were given for frames \[7\], the video has 2"):
+        list(segmenter.segment(random_video(2), {**mask, 7: mask_of(BOXES)}))
+
+
+def test_bad_streams():
+    segmenter = small_segmenter(max_references=2, max_objects=2)
+    frames = random_video(4)
+    with pytest.raises(ValueError, match="step was called before start"):
+        segmenter.step(frames[0])
+    segmenter.start(frames[0], mask_of(BOXES))
+    with pytest.raises(ValueError, match="3 objects, and max_objects is 2"):
+        segmenter.step(frames[1], mask=mask_of({3: BOXES[1]}))
+    segmenter.step(frames[1], mask=mask_of(BOXES))
+    with pytest.raises(ValueError, match="masks for 3 frames, and max_references is 2"):
+        segmenter.step(frames[2], mask=mask_of(BOXES))
+    label = segmenter.step(frames[2])  # a refused mask leaves the video as it was
+    assert label.shape == (40, 56)

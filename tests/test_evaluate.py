@@ -1,0 +1,328 @@
+"""The evaluation command from folders to PNGs, tables and zip, with a small random network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small import SMALL, small_network
+
+import cfbi_jax
+from cfbi_jax import evaluate
+from cfbi_jax.config import default_config
+from cfbi_jax.data import synthetic
+from cfbi_jax.evaluation.submission import check_submission
+from cfbi_jax.inference import dataset
+from cfbi_jax.models.images import IMAGENET_FORMAT
+
+ROOT = Path(__file__).parents[1]
+FRAMES, SIZE = 4, (40, 56)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "ckpt"
+    cfbi_jax.save_checkpoint(path, *small_network(), IMAGENET_FORMAT)
+    return path
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """A DAVIS folder of two sequences, and its size on disk kept small."""
+    root = tmp_path / "DAVIS"
+    synthetic.write_davis(root, (0, 1), num_frames=FRAMES, size=SIZE)
+    return root
+
+
+@pytest.fixture
+def config(checkpoint, davis):
+    config = default_config()
+    config.checkpoint = str(checkpoint)
+    config.data.root = str(davis)
+    return config
+
+
+def run(config, workdir):
+    evaluate.run(evaluate.prepare(config, workdir))
+
+
+def masks_of(folder):
+    return {p.relative_to(folder): np.array(Image.open(p)) for p in sorted(folder.rglob("*.png"))}
+
+
+def test_davis_from_folder_to_zip(config, davis, tmp_path):
+    out = tmp_path / "out"
+    config.overlays = True
+    run(config, out)
+    given = masks_of(davis / "Annotations" / "480p")
+    found = masks_of(out / "Annotations")
+    assert set(found) == set(given)
+    for path, mask in found.items():
+        assert mask.shape == SIZE and mask.dtype == np.uint8
+        if path.name == "00000.png":
+            np.testing.assert_array_equal(mask, given[path])
+    image = Image.open(out / "Annotations" / "synthetic-0000" / "00001.png")
+    assert image.mode == "P" and image.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+
+    lines = (out / "per-sequence_results-val.csv").read_text().splitlines()
+    assert lines[0] == "Sequence,J-Mean,F-Mean" and len(lines) == 5
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(str(path) for path in found)
+    assert check_submission(out / "submission.zip", davis, "davis2017", "val", "480p") == []
+    strip = np.array(Image.open(out / "overlays" / "synthetic-0000.png"))
+    assert strip.shape == (40, 4 * 56, 3)
+
+
+def test_what_is_written_is_what_the_segmenter_gives(config, checkpoint, davis, tmp_path):
+    run(config, tmp_path / "out")
+    segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(checkpoint)
+    name = "synthetic-0001"
+    frames = [
+        np.array(Image.open(path)) for path in sorted((davis / "JPEGImages/480p" / name).iterdir())
+    ]
+    mask = np.array(Image.open(davis / "Annotations/480p" / name / "00000.png"))
+    found = masks_of(tmp_path / "out" / "Annotations" / name)
+    for saved, label in zip(found.values(), segmenter.segment(frames, {0: mask}), strict=True):
+        assert (saved != label).mean() < 0.01  # Pillow and OpenCV decode JPEG almost alike
+
+
+def test_davis_2016_is_one_object(config, davis, tmp_path):
+    lists = davis / "ImageSets"
+    (lists / "2016").mkdir()
+    (lists / "2016" / "val.txt").write_text("synthetic-0000\n")
+    for path in (davis / "Annotations/480p/synthetic-0000").iterdir():
+        Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+    config.data.year = 2016
+    run(config, tmp_path / "out")
+    found = masks_of(tmp_path / "out" / "Annotations")
+    assert set(np.unique(np.stack(list(found.values())))) <= {0, 1}
+    lines = (tmp_path / "out" / "per-sequence_results-val.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["synthetic-0000_1"]
+
+
+def youtube_vos(root, davis, starts):
+    """The synthetic DAVIS videos in YouTube-VOS layout, annotated only where an object starts."""
+    meta = {}
+    folder = root / "valid"
+    for name, objects in starts.items():
+        shutil.copytree(davis / "JPEGImages/480p" / name, folder / "JPEGImages" / name)
+        (folder / "Annotations" / name).mkdir(parents=True)
+        stems = [f"{t:05d}" for t in range(FRAMES)]
+        for start in set(objects.values()):
+            source = Image.open(davis / "Annotations/480p" / name / f"{start:05d}.png")
+            label = np.array(source)
+            visible = [i for i, first in objects.items() if first == start]
+            label[~np.isin(label, visible)] = 0
+            image = Image.fromarray(label)
+            image.putpalette(source.getpalette())
+            image.save(folder / "Annotations" / name / f"{start:05d}.png")
+        objects = {
+            str(i): {"category": "blob", "frames": stems[start:]} for i, start in objects.items()
+        }
+        meta[name] = {"objects": objects}
+    (folder / "meta.json").write_text(json.dumps({"videos": meta}))
+
+
+def test_youtube_vos_with_a_late_object(config, davis, tmp_path):
+    root, out = tmp_path / "YTVOS", tmp_path / "out"
+    youtube_vos(root, davis, {"synthetic-0000": {1: 0, 2: 2}, "synthetic-0001": {2: 0}})
+    config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "valid"
+    run(config, out)
+    found = masks_of(out / "Annotations" / "synthetic-0000")
+    assert [2 in mask for mask in found.values()][:3] == [False, False, True]
+    given = np.array(Image.open(root / "valid/Annotations/synthetic-0000/00002.png"))
+    third = list(found.values())[2]
+    np.testing.assert_array_equal(third[given > 0], given[given > 0])
+    only_two = masks_of(out / "Annotations" / "synthetic-0001").values()
+    assert set(np.unique(np.stack(list(only_two)))) <= {0, 2}  # ids with a gap come back
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert all(name.startswith("Annotations/synthetic-000") for name in archive.namelist())
+    assert check_submission(out / "submission.zip", root, "youtube_vos", "valid") == []
+
+
+# ---------------------------------------------------------------------------- resuming, sharing
+
+
+def times_of(folder):
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*.png"))}
+
+
+def test_resume(config, tmp_path):
+    out = tmp_path / "out"
+    run(config, out)
+    expected, first = masks_of(out / "Annotations"), times_of(out / "Annotations")
+
+    (out / "submission.zip").unlink()
+    run(config, out)  # nothing to compute, but all that follows is there again
+    assert times_of(out / "Annotations") == first
+    assert (out / "submission.zip").exists()
+
+    # Killed in the middle of the second video: some PNGs, no record.
+    (out / "segmented" / "synthetic-0001.json").unlink()
+    (out / "Annotations" / "synthetic-0001" / "00003.png").unlink()
+    run(config, out)
+    again = times_of(out / "Annotations")
+    changed = {p.parent.name for p in again if again[p] != first.get(p)}
+    assert changed == {"synthetic-0001"}
+    for path, mask in masks_of(out / "Annotations").items():
+        np.testing.assert_array_equal(mask, expected[path])
+
+    config.overwrite = True
+    run(config, out)
+    assert all(t != first[p] for p, t in times_of(out / "Annotations").items())
+
+
+def test_other_options_or_weights_are_noticed(config, tmp_path, checkpoint):
+    out = tmp_path / "out"
+    run(config, out)
+    first = times_of(out / "Annotations")
+    config.inference.flip = True
+    with pytest.raises(ValueError, match=r"options: .*'flip': False.* there.*'flip': True.* now"):
+        evaluate.prepare(config, out)
+    config.inference.flip = False
+    model, variables = small_network()
+    variables = {**variables, "params": {**variables["params"]}}
+    variables["params"]["background_bias"] = np.float32(0.25)
+    cfbi_jax.save_checkpoint(tmp_path / "other", model, variables, IMAGENET_FORMAT)
+    config.checkpoint = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"weights: [^\n]*\n.*--config.overwrite=True"):
+        evaluate.prepare(config, out)
+    assert times_of(out / "Annotations") == first
+    config.checkpoint = str(checkpoint)
+    evaluate.prepare(config, out)
+
+
+def test_processes_share_the_videos(config, tmp_path):
+    """While somebody else holds one video, we do the other; whoever is last scores."""
+    out = tmp_path / "out"
+    (out / "segmented").mkdir(parents=True)
+    with dataset._hold(out / "segmented" / "synthetic-0000.lock") as held:
+        assert held
+        run(config, out)
+        assert not (out / "Annotations" / "synthetic-0000").exists()
+        assert len(times_of(out / "Annotations" / "synthetic-0001")) == FRAMES
+        assert not (out / "submission.zip").exists()
+    run(config, out)
+    assert len(times_of(out / "Annotations" / "synthetic-0000")) == FRAMES
+    assert (out / "submission.zip").exists()
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+def break_nothing(config, davis):
+    pass
+
+
+def no_root(config, davis):
+    config.data.root = str(davis / "nowhere")
+
+
+def no_frame(config, davis):
+    (davis / "JPEGImages/480p/synthetic-0001/00002.jpg").unlink()
+
+
+def no_first_mask(config, davis):
+    (davis / "Annotations/480p/synthetic-0001/00000.png").unlink()
+
+
+def truncated_frame(config, davis):
+    path = davis / "JPEGImages/480p/synthetic-0001/00003.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def too_many_objects(config, davis):
+    config.inference.max_objects = 1
+
+
+def unknown_sequence(config, davis):
+    config.data.sequences = "synthetic-0000, nothing"
+
+
+def no_weights(config, davis):
+    config.checkpoint = ""
+
+
+def unknown_dataset(config, davis):
+    config.data.dataset = "kitti"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (no_root, "nowhere"),
+        (no_frame, r"synthetic-0001.*00002|00002.*synthetic-0001|synthetic-0001"),
+        (no_first_mask, r"synthetic-0001"),
+        (truncated_frame, r"synthetic-0001/00003\.jpg.*cut short"),
+        (too_many_objects, r"max_objects = 1"),
+        (unknown_sequence, "'nothing'.*near names"),
+        (no_weights, "config.checkpoint is empty"),
+        (unknown_dataset, '"kitti"; expected one of'),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(config, davis, tmp_path, spoil, message):
+    spoil(config, davis)
+    out = tmp_path / "out"
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate.prepare(config, out)
+    assert list(out.iterdir()) == []
+
+
+def test_unwritable_output(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        evaluate.prepare(config, tmp_path / "file")
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "cfbi_jax.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_quickstart_command(tmp_path):
+    small = [f"--config.model.{key}={value}" for key, value in SMALL.items() if "resnet" in key]
+    done = command(
+        "--config=configs/quickstart.py",
+        f"--workdir={tmp_path / 'out'}",
+        f"--config.compilation_cache={tmp_path / 'cache'}",
+        "--config.data.sequences=synthetic-0001",
+        *small[1:],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "UNTRAINED" in done.stdout
+    assert re.search(r"per second with decoding and writing, [\d.]+ without", done.stdout)
+    assert re.search(r"\d+ compilations", done.stdout)
+    assert "J&F-Mean" in done.stdout
+    assert (tmp_path / "out" / "overlays" / "synthetic-0001.png").exists()
+    assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.data.rot=x"], "rot"),  # an unknown field is refused
+        (["--config.mode=trian"], 'error: config.mode is "trian"'),
+        (["--config.checkpoint=/none"], "error: config.data.root is empty"),
+    ],
+)
+def test_command_refuses_bad_arguments_without_a_traceback_of_ours(tmp_path, arguments, message):
+    done = command("--config=configs/davis.py", f"--workdir={tmp_path / 'out'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    if message.startswith("error"):
+        assert "Traceback" not in done.stderr
