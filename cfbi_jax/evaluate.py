@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
-from cfbi_jax.data.videos import EvaluationVideo, check_videos
+from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.submission import write_zip
@@ -144,7 +144,7 @@ def _videos(data: ConfigDict) -> list[EvaluationVideo]:
         raise ValueError(f'config.data.dataset is "{data.dataset}"; expected one of {DATASETS}')
     if not data.root:
         raise ValueError("config.data.root is empty; expected the folder of the data set")
-    names = [name.strip() for name in data.sequences.split(",") if name.strip()] or None
+    names = split_names(data.sequences) or None
     if data.dataset == "youtube_vos":
         return youtube_vos.evaluation_videos(data.root, data.split, data.all_frames, names)
     return davis.evaluation_videos(data.root, data.year, data.split, data.resolution, names)

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation.submission import DATASETS, check_submission, expected_sequences
 
 
@@ -23,7 +24,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--split", default=None, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
     )
     parser.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
-    parser.add_argument("--sequences", nargs="+", help="expect only these sequences or videos")
+    parser.add_argument("--sequences", type=split_names, help="expect only these: blackswan,dog")
     return parser.parse_args(arguments)
 
 

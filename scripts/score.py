@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
@@ -29,11 +30,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--split", default=None, help="default: val (DAVIS), train (YouTube-VOS)")
     parser.add_argument("--resolution", default="480p", help="DAVIS: folder under Annotations")
-    parser.add_argument("--sequences", nargs="+", help="score only these sequences or videos")
+    parser.add_argument("--sequences", type=split_names, help="score only these: blackswan,dog")
     parser.add_argument(
         "--seen-categories",
-        nargs="+",
-        help="YouTube-VOS: categories of the training set; default: those of root/train/meta.json",
+        type=split_names,
+        help="YouTube-VOS: categories seen in training; default: those of root/train/meta.json",
     )
     parser.add_argument("--output", type=Path, help="folder of the tables; default: --results")
     parser.add_argument("--threads", type=int, help="default: one per core")

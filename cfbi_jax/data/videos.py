@@ -90,6 +90,11 @@ def check_videos(
             raise
 
 
+def split_names(listed: str) -> list[str]:
+    """Names as written on a command line: "blackswan,dog"."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: Path) -> None:
     """Raises ValueError, with the nearest known names, for a wanted name that is not known."""
     known = list(known)

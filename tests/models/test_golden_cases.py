@@ -200,27 +200,28 @@ def test_every_layer(case, networks):
     assert len(compared) >= 45, sorted(found)
 
 
-# Share of golden labels that each option changes, on average over cases b and g; the README states
-# these. Pseudo-random weights give uncertain predictions: trained ones are far less affected.
+# Share of the golden labels of case b that each option changes; the README states these.
+# Pseudo-random weights give uncertain predictions: trained ones are far less affected.
 STATED_SHARES = {
-    ("matching_dtype", "float16"): 0.0096,
-    ("matching_dtype", "bfloat16"): 0.0706,
-    ("compute_dtype", "float16"): 0.0100,
-    ("compute_dtype", "bfloat16"): 0.0702,
+    ("matching_dtype", "float16"): 0.0129,
+    ("matching_dtype", "bfloat16"): 0.0945,
+    ("compute_dtype", "float16"): 0.0073,
+    ("compute_dtype", "bfloat16"): 0.0597,
+    ("global_atrous_rate", 2): 0.1734,
+    ("local_atrous_rate", 2): 0.3247,
 }
 
 
-@pytest.mark.parametrize("field, dtype", STATED_SHARES)
-def test_effect_of_half_precision_on_labels(field, dtype, networks):
+@pytest.mark.parametrize("field, value", STATED_SHARES)
+def test_effect_of_inexact_options_on_labels(field, value, networks):
+    model, variables = networks["r101_cfbi"]
+    model = model.clone(**{field: jnp.dtype(value).type if field.endswith("dtype") else value})
+    arrays = recipe.golden("case_b")
+    features = embed_all(model, variables, arrays["frames"])
     shares = []
-    for case in "bg":
-        model, variables = networks[MODELS[case]]
-        model = model.clone(**{field: jnp.dtype(dtype).type})
-        arrays = recipe.golden(f"case_{case}")
-        features = embed_all(model, variables, arrays["frames"])
-        for t, logits, _ in segment_case(model, variables, arrays, features):
-            label = arrays[f"t{t}_label"]
-            shares.append(np.mean(probabilities_of(logits, label.shape).argmax(axis=0) != label))
+    for t, logits, _ in segment_case(model, variables, arrays, features):
+        label = arrays[f"t{t}_label"]
+        shares.append(np.mean(probabilities_of(logits, label.shape).argmax(axis=0) != label))
     share = np.mean(shares)
-    print(f"{field}={dtype}: {share:.4f} of the golden labels change")
-    assert 0 < share <= 1.25 * STATED_SHARES[field, dtype]
+    print(f"{field}={value}: {share:.4f} of the golden labels change")
+    assert 0 < share <= 1.25 * STATED_SHARES[field, value]

@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from small import SMALL
+from small import SMALL, random_variables
 
 import cfbi_jax
-from cfbi_jax.models.cfbi import CFBI, initial_variables
+from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import OFFICIAL_FORMAT, ImageFormat
 from cfbi_jax.weights.checkpoint import digest
 
@@ -16,7 +16,7 @@ from cfbi_jax.weights.checkpoint import digest
 @pytest.fixture(scope="module")
 def network():
     model = CFBI(**{**SMALL, "windows": (4, 2)}, instance_background=False)
-    return model, initial_variables(model, seed=3)
+    return model, random_variables(model, seed=3)
 
 
 def test_round_trip(tmp_path, network):
