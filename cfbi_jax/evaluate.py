@@ -30,6 +30,8 @@ LOGGER = logging.getLogger(__name__)
 
 SYNTHETIC_SEEDS = (0, 1)
 DATASETS = ("davis", "youtube_vos", "synthetic")
+MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
+BOUNDS = ("max_references", "max_objects")  # options that no result depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Evaluation:
 
 def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
     """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
-    check_writable(workdir)
+    for folder in (workdir, dataset.results_folder(workdir), workdir / "segmented"):
+        check_writable(folder)
     options = Options(**config.inference)
     data = config.data.copy_and_resolve_references()
     if data.dataset == "synthetic":
@@ -69,7 +72,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
         "weights": digest(checkpoint.variables),
         "model": model_config(checkpoint.model),
         "image_format": dataclasses.asdict(checkpoint.image_format),
-        "options": dataclasses.asdict(options),
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in BOUNDS},
         "data": {key: data[key] for key in ("dataset", "year", "resolution", "all_frames")},
     }
     if not config.overwrite:
@@ -114,28 +117,33 @@ def run(evaluation: Evaluation) -> None:
     layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
     write_zip(results, workdir / "submission.zip", layout, names)
     LOGGER.info("wrote %s", workdir / "submission.zip")
-    score(evaluation.data, names, results, workdir)
+    score(evaluation.data, videos, results, workdir)
     if evaluation.overlays:
         LOGGER.info("pictures of the masks: %s", workdir / "overlays")
 
 
-def score(data: ConfigDict, names: list[str], results: Path, output: Path) -> None:
+def score(data: ConfigDict, videos: list[EvaluationVideo], results: Path, output: Path) -> None:
     """Writes the tables where the data set has truth, and shows them."""
     report.remove_tables(output, data.split)
+    if not all(video.truth for video in videos):
+        LOGGER.info("%s %s has no public truth here: not scored", data.dataset, data.split)
+        return
+    names = [video.name for video in videos]
     if data.dataset == "youtube_vos":
-        if data.split != "train":
-            LOGGER.info("the truth of YouTube-VOS %s is on its server: not scored", data.split)
-            return
         scores = score_youtube_vos(data.root, results, data.split, names)
         report.print_youtube_vos(scores)
-        report.write_youtube_vos_tables(scores, output)
-        return
-    if data.split.startswith("test"):
-        LOGGER.info("the truth of DAVIS %s is on its server: not scored", data.split)
-        return
-    scores = score_davis(data.root, results, data.year, data.split, data.resolution, names)
-    report.print_davis(scores)
-    for path in report.write_davis_tables(scores, output):
+        paths = report.write_youtube_vos_tables(scores, output)
+    else:
+        short = [video.name for video in videos if len(video.frames) < MIN_SCORED_FRAMES]
+        if short:
+            LOGGER.warning("first and last frames are not scored: %s left out", ", ".join(short))
+            names = [name for name in names if name not in short]
+        if not names:
+            return
+        scores = score_davis(data.root, results, data.year, data.split, data.resolution, names)
+        report.print_davis(scores)
+        paths = report.write_davis_tables(scores, output)
+    for path in paths:
         LOGGER.info("wrote %s", path)
 
 

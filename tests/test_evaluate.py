@@ -199,6 +199,34 @@ def test_other_options_or_weights_are_noticed(config, tmp_path, checkpoint):
     evaluate.prepare(config, out)
 
 
+def test_another_data_set_of_the_same_names_is_noticed(config, davis, tmp_path):
+    run(config, tmp_path / "out")
+    path = davis / "Annotations/480p/synthetic-0001/00000.png"
+    image = Image.open(path)
+    mirrored = Image.fromarray(np.array(image)[:, ::-1].copy())
+    mirrored.putpalette(image.getpalette())
+    mirrored.save(path)
+    with pytest.raises(ValueError, match=r"synthetic-0001\.json: [^\n]*\n  video: "):
+        evaluate.prepare(config, tmp_path / "out")
+
+
+def test_masks_of_an_earlier_run_do_not_enter_the_zip(config, tmp_path):
+    stale = tmp_path / "out" / "Annotations" / "synthetic-0000" / "00099.png"
+    stale.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(stale)
+    run(config, tmp_path / "out")
+    assert not stale.exists()
+
+
+def test_first_masks_only_is_not_scored(config, davis, tmp_path):
+    for path in (davis / "Annotations/480p").rglob("*.png"):
+        if path.name != "00000.png":
+            path.unlink()
+    run(config, tmp_path / "out")
+    assert (tmp_path / "out" / "submission.zip").exists()
+    assert not list((tmp_path / "out").glob("*.csv"))
+
+
 def test_processes_share_the_videos(config, tmp_path):
     """While somebody else holds one video, we do the other; whoever is last scores."""
     out = tmp_path / "out"
@@ -217,10 +245,6 @@ def test_processes_share_the_videos(config, tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 
 
-def break_nothing(config, davis):
-    pass
-
-
 def no_root(config, davis):
     config.data.root = str(davis / "nowhere")
 
@@ -236,6 +260,11 @@ def no_first_mask(config, davis):
 def truncated_frame(config, davis):
     path = davis / "JPEGImages/480p/synthetic-0001/00003.jpg"
     path.write_bytes(path.read_bytes()[:-200])
+
+
+def rgb_truth(config, davis):
+    path = davis / "Annotations/480p/synthetic-0001/00002.png"
+    Image.open(path).convert("RGB").save(path)
 
 
 def too_many_objects(config, davis):
@@ -258,9 +287,10 @@ def unknown_dataset(config, davis):
     "spoil, message",
     [
         (no_root, "nowhere"),
-        (no_frame, r"synthetic-0001.*00002|00002.*synthetic-0001|synthetic-0001"),
+        (no_frame, r"synthetic-0001.*00002"),
         (no_first_mask, r"synthetic-0001"),
         (truncated_frame, r"synthetic-0001/00003\.jpg.*cut short"),
+        (rgb_truth, r"synthetic-0001/00002\.png: RGB colours"),
         (too_many_objects, r"max_objects = 1"),
         (unknown_sequence, "'nothing'.*near names"),
         (no_weights, "config.checkpoint is empty"),
@@ -272,13 +302,17 @@ def test_bad_input_is_found_before_anything_is_written(config, davis, tmp_path, 
     out = tmp_path / "out"
     with pytest.raises((ValueError, OSError), match=message):
         evaluate.prepare(config, out)
-    assert list(out.iterdir()) == []
+    assert not [path for path in out.rglob("*") if path.is_file()]
 
 
 def test_unwritable_output(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         evaluate.prepare(config, tmp_path / "file")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "Annotations").write_text("")
+    with pytest.raises(OSError, match="Annotations"):
+        evaluate.prepare(config, tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------- the command

@@ -97,6 +97,18 @@ def image_size(path: Path | str) -> tuple[int, int]:
     return height, width
 
 
+def mask_size(path: Path | str) -> tuple[int, int]:
+    """(height, width) of a mask file from its header, not decoded.
+
+    Errors: FileNotFoundError; ValueError for a file that is cut short or cannot hold object ids.
+    """
+    with open(path, "rb") as file:
+        _check_complete(file, path)
+        image = _open_image(file, path)
+        _check_holds_ids(image, path)
+        return image.height, image.width
+
+
 def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
     """Reads the object ids of an indexed or grey PNG (1-bit: white is id 1).
 
@@ -106,12 +118,7 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
     with open(path, "rb") as file:
         _check_complete(file, path)
         image = _open_image(file, path)
-        if image.format != "PNG" or image.mode not in _ID_MODES:
-            colours = f"{image.mode} colours"
-            found = colours if image.format == "PNG" else f"a {image.format} file"
-            raise ValueError(
-                f"{path}: {found}; expected an indexed or grey PNG whose values are object ids"
-            )
+        _check_holds_ids(image, path)
         values = np.array(_decode(file, path))
     return check_label(values, str(path))
 
@@ -192,6 +199,14 @@ def _natural_order(stem: str) -> list[tuple[int, str]]:
     return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
+def _check_holds_ids(image: Image.Image, path: Path | str) -> None:
+    if image.format != "PNG" or image.mode not in _ID_MODES:
+        found = f"{image.mode} colours" if image.format == "PNG" else f"a {image.format} file"
+        raise ValueError(
+            f"{path}: {found}; expected an indexed or grey PNG whose values are object ids"
+        )
+
+
 def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
     """Opens a picture with Pillow, which reads the header only."""
     try:
@@ -252,13 +267,13 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
 
     In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
     """
-    ids = _ids_in(label)
+    ids = ids_in(label)
     ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
     if len(ids) < 3:
         return
     kernel = np.ones((3, 3), np.uint8)
     inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
-    only_in_edges = np.setdiff1d(ids, _ids_in(label, inside.view(np.uint8)))
+    only_in_edges = np.setdiff1d(ids, ids_in(label, inside.view(np.uint8)))
     # Small ids may be real objects, barely visible; ids that jump to high values are shades.
     suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
@@ -269,7 +284,7 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
         )
 
 
-def _ids_in(
+def ids_in(
     label: UInt8[np.ndarray, "height width"], where: UInt8[np.ndarray, "height width"] | None = None
 ) -> Integer[np.ndarray, " ids"]:
     """The values of `label`, ascending. OpenCV's histogram is ten times faster than np.unique."""

@@ -117,7 +117,7 @@ def _check_video(video: EvaluationVideo, max_objects: int | None) -> tuple[int, 
     for path in video.frames[1:]:
         _check_size(path, image_files.image_size(path), size, first)
     for path in video.truth.values():
-        _check_size(path, image_files.image_size(path), size, first)
+        _check_size(path, image_files.mask_size(path), size, first)
 
     given: dict[int, set[int]] = {}
     seen: set[int] = set()

@@ -23,7 +23,6 @@ BOUND_TOLERANCE = 0.008
 """Boundary tolerance of the benchmark, as a share of the image diagonal."""
 
 RECALL_THRESHOLD = 0.5
-VOID = 255
 
 
 @dataclasses.dataclass(frozen=True)

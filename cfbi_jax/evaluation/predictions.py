@@ -8,21 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
-from PIL import Image
+from jaxtyping import Float64
 
-from cfbi_jax.data.image_files import image_size, read_mask
+from cfbi_jax.data.image_files import ids_in, mask_size, read_mask
 from cfbi_jax.evaluation import metrics
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 # J and F of a frame's objects; the number of objects differs from frame to frame, hence no name.
 FrameScores = tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]]
-
-ID_MODES = ("P", "L", "1", "I;16", "I")
-"""Pillow's names of the pixel formats that can hold ids: palette and grey."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +105,8 @@ def group_scores(
     ]
 
 
-def ids_in(label: UInt8[np.ndarray, "height width"]) -> list[int]:
-    """Returns the values of a label map in ascending order, 0 included."""
-    # cv2's histogram is several times faster than np.unique or np.bincount; its floats count
-    # exactly up to 2^24 pixels and never drop to 0 beyond.
-    return np.flatnonzero(cv2.calcHist([label], [0], None, [256], [0, 256])).tolist()
-
-
 def _check_header(pair: FramePair) -> None:
-    expected, found = image_size(pair.truth), image_size(pair.prediction)
-    with Image.open(pair.prediction) as image:
-        kind, mode = image.format, image.mode
-    if kind != "PNG" or mode not in ID_MODES:
-        raise ValueError(
-            f"{pair.prediction}: expected a palette or grey PNG whose pixels are object ids, found "
-            f"{kind} with pixels of type {mode!r}"
-        )
+    expected, found = mask_size(pair.truth), mask_size(pair.prediction)
     if found != expected:
         raise ValueError(
             f"{pair.prediction}: size is {found} (height, width), its truth has {expected}"
@@ -138,7 +119,7 @@ def _score_pair(
     prediction, truth = read_mask(pair.prediction), read_mask(pair.truth)
     if pair.binary:
         prediction, truth = (prediction > 0).view(np.uint8), (truth > 0).view(np.uint8)
-    wrong = set(ids_in(prediction)) - pair.allowed_ids - {0}
+    wrong = set(ids_in(prediction).tolist()) - pair.allowed_ids - {0}
     if wrong:
         raise ValueError(
             f"{pair.prediction}: holds object id {min(wrong)}, but the objects of this video are "

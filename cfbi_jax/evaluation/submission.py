@@ -18,10 +18,9 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import image_size
+from cfbi_jax.data.image_files import ids_in, image_size
 from cfbi_jax.data.videos import check_names, read_label
 from cfbi_jax.data.youtube_vos import read_meta
-from cfbi_jax.evaluation import predictions
 
 ARCHIVE_FOLDERS = {"davis": "", "youtube_vos": "Annotations/"}
 """Folder of the archive that holds the sequences, by layout."""
@@ -168,7 +167,7 @@ def expected_sequences(
     year = int(dataset.removeprefix("davis"))
     expected = {}
     for video in evaluation_videos(root, year, split, resolution, sequences):
-        ids = predictions.ids_in(read_label(video, video.given[0]))
+        ids = ids_in(read_label(video, video.given[0])).tolist()
         expected[video.name] = ExpectedSequence(
             frames=tuple(path.stem for path in video.frames),
             size=image_size(video.frames[0]),
@@ -296,7 +295,7 @@ def _content_problem(read: Callable[[], bytes], expected: ExpectedSequence) -> s
                     f"size {image.height} x {image.width}, expected "
                     f"{expected.size[0]} x {expected.size[1]}"
                 )
-            ids = set(predictions.ids_in(np.array(image))) - {0}
+            ids = set(ids_in(np.array(image)).tolist()) - {0}
     except (OSError, SyntaxError, ValueError, zipfile.BadZipFile):
         return "not a picture, or damaged"
     if expected.ids is None:

@@ -11,6 +11,7 @@ up after a crash, and a video without its JSON file is done again.
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import logging
 import time
@@ -58,8 +59,9 @@ def segment_videos(
     """Segments all videos that are not finished and that no other process holds.
 
     Args:
-      made_by: what the results depend on, JSON values; stored with every finished video.
-      overwrite: do finished videos again.
+      made_by: what the results depend on beside the video itself, JSON values; stored with every
+        finished video.
+      overwrite: do videos again that were finished before this call.
       overlays: also write OUT/overlays/<video>.png, a strip of a few frames.
 
     Returns the videos that this process did. Raises ValueError, before anything is computed, where
@@ -69,19 +71,24 @@ def segment_videos(
         check_made_by(videos, output, made_by)
     records = output / "segmented"
     records.mkdir(parents=True, exist_ok=True)
+    start = time.time()
     done: list[Segmented] = []
     with _Meter(videos) as meter:
         for video in videos:
             record = records / f"{video.name}.json"
             with _hold(records / f"{video.name}.lock") as held:
-                if not held or (record.exists() and not overwrite):
-                    reason = "finished before" if held else "another process is at work on it"
+                finished = record.exists() and not (overwrite and record.stat().st_mtime < start)
+                if not held or finished:
+                    reason = "another process is at work on it"
+                    if held:  # perhaps by another process, and since the check above
+                        check_made_by([video], output, made_by)
+                        reason = "finished before"
                     LOGGER.info("%s: %s", video.name, reason)
                     meter.skip(video)
                     continue
                 record.unlink(missing_ok=True)
                 result = _segment_video(segmenter, video, output, overlays, meter)
-                content = {**dataclasses.asdict(result), "made_by": _plain(made_by)}
+                content = {**dataclasses.asdict(result), "made_by": _made_by(made_by, video)}
                 write_file(record, json.dumps(content, indent=1).encode())
             done.append(result)
             LOGGER.info(
@@ -98,16 +105,15 @@ def segment_videos(
 def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapping) -> None:
     """Raises ValueError, with a list of the differences, if finished videos in `output` were made
     by something else than `made_by`."""
-    made_by = _plain(made_by)
     for video in videos:
         record = output / "segmented" / f"{video.name}.json"
         if not record.exists():
             continue
-        found = json.loads(record.read_text())["made_by"]
+        found, now = json.loads(record.read_text())["made_by"], _made_by(made_by, video)
         different = [
-            f"{key}: {found.get(key)!r} there, {made_by.get(key)!r} now"
-            for key in sorted(set(found) | set(made_by))
-            if found.get(key) != made_by.get(key)
+            f"{key}: {found.get(key)!r} there, {now.get(key)!r} now"
+            for key in sorted(set(found) | set(now))
+            if found.get(key) != now.get(key)
         ]
         if different:
             raise ValueError(
@@ -117,9 +123,17 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
             )
 
 
-def _plain(made_by: Mapping) -> dict:
-    """As it comes back from JSON: tuples are lists."""
-    return json.loads(json.dumps(dict(made_by)))
+def _made_by(made_by: Mapping, video: EvaluationVideo) -> dict:
+    """With what identifies the video (frames by name and size, given masks by content), and as it
+    comes back from JSON: tuples are lists."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in video.frames:
+        state.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for index in sorted(video.given):
+        state.update(f"{index}\n".encode())
+        state.update(video.given[index].read_bytes())
+    state.update(repr((video.save, video.reading, sorted(video.starts.items()))).encode())
+    return json.loads(json.dumps({**made_by, "video": state.hexdigest()}))
 
 
 def unfinished(videos: Sequence[EvaluationVideo], output: Path) -> list[str]:
@@ -142,6 +156,10 @@ def _segment_video(
     folder = results_folder(output) / video.name
     folder.mkdir(parents=True, exist_ok=True)
     save, pictures, times = set(video.save), [], []
+    names = {f"{video.frames[index].stem}.png" for index in save}
+    for path in folder.glob("*.png"):  # of an earlier run with other frames
+        if path.name not in names:
+            path.unlink()
     pictured = _spread(len(video.frames), OVERLAY_FRAMES) if overlays else set()
     frames = (read_frame(path) for path in video.frames)
     with MaskWriter() as writer:

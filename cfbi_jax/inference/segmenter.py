@@ -13,7 +13,8 @@ the work, and everything else here is bookkeeping between a user's ids and the n
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +135,8 @@ class VideoSegmenter:
     Frames are uint8 [height, width, 3] in RGB. Masks and labels are uint8 [height, width]: 0 is the
     background, any other value is an object's id; ids may have gaps. A mask may come with any
     frame; where it is not 0 it overrides the prediction, for new objects and for corrections.
+
+    The options' types and atrous rates replace those of the model's own fields.
     """
 
     def __init__(
@@ -205,26 +208,35 @@ class VideoSegmenter:
         """
         masks = {int(i): check_label(mask, f"mask of frame {i}") for i, mask in masks.items()}
         self._check_masks(masks)
+        if isinstance(frames, Sized):
+            _check_all_masks_used(masks, len(frames))
         return self._segment(frames, masks, return_probabilities, times)
 
     def _segment(self, frames, masks, return_probabilities, times):
-        video, waiting, count = _Video(self, return_probabilities), None, 0
-        clock = _Clock(times)
         first = min(masks)
-        for index, frame in enumerate(prefetch(frames)):
-            count += 1
-            result = (
-                video.background(frame) if index < first else video.advance(frame, masks.get(index))
-            )
-            clock.dispatched()
-            if waiting is not None:
-                yield clock.fetch(waiting)
-            waiting = result
+        video, count = _Video(self, return_probabilities), 0
+        waiting: _Result | None = None
+        clock = _Clock(times)
+        try:
+            for index, frame in enumerate(prefetch(frames)):
+                count += 1
+                if index < first:
+                    result = video.background(frame)
+                else:
+                    result = video.advance(frame, masks.get(index))
+                clock.started(result)
+                finished, waiting = waiting, result
+                if finished is not None:
+                    yield finished.fetch()
+        except (ValueError, OSError):
+            if waiting is not None:  # what was finished before a bad frame is not lost
+                yield waiting.fetch()
+            raise
+        finally:
+            clock.close()
         if waiting is not None:
-            yield clock.fetch(waiting)
-        missed = sorted(index for index in masks if index >= count)
-        if missed:
-            raise ValueError(f"masks were given for frames {missed}, the video has {count} frames")
+            yield waiting.fetch()
+        _check_all_masks_used(masks, count)
 
     # ----------------------------------------------------------------------------- frame by frame
 
@@ -232,8 +244,10 @@ class VideoSegmenter:
         """Begins a new video and forgets the last one. Returns the mask, its label."""
         mask = check_label(mask, "mask of frame 0")
         self._check_masks({0: mask}, empty_allowed=True)
-        self._video = _Video(self, with_probabilities=False)
-        return self._video.advance(frame, mask).fetch()
+        video = _Video(self, with_probabilities=False)
+        label = video.advance(frame, mask).fetch()
+        self._video = video  # only now: bad input leaves the running video as it was
+        return label
 
     def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> Label:
         """The label of the next frame of the video that `start` began."""
@@ -244,6 +258,11 @@ class VideoSegmenter:
         return self._video.advance(frame, mask).fetch()
 
     def _check_masks(self, masks: Mapping[int, Label], empty_allowed: bool = False) -> None:
+        if any(index < 0 for index in masks):
+            raise ValueError(f"masks are given for frames {sorted(masks)}; the first frame is 0")
+        shapes = {mask.shape for mask in masks.values()}
+        if len(shapes) > 1:
+            raise ValueError(f"masks of one video have different sizes: {sorted(shapes)}")
         ids = set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0}
         if not ids and not empty_allowed:
             raise ValueError("no mask holds an object: every pixel given is background (0)")
@@ -333,25 +352,36 @@ class VideoSegmenter:
         )
 
 
+def _check_all_masks_used(masks: Mapping[int, Label], num_frames: int) -> None:
+    missed = sorted(index for index in masks if index >= num_frames)
+    if missed:
+        raise ValueError(f"masks were given for frames {missed}, the video has {num_frames} frames")
+
+
 class _Clock:
-    """How long computing each frame took, although the next one is already under way."""
+    """How long computing each frame took, whatever the reader and the consumer do meanwhile.
+
+    A thread waits for each result, in order; a frame's time starts when the one before is ready.
+    """
 
     def __init__(self, times: list[float] | None):
         self._times = times
         self._ready = 0.0
-        self._dispatched: list[float] = []
+        self._thread = None if times is None else ThreadPoolExecutor(1, "clock")
 
-    def dispatched(self) -> None:
-        self._dispatched.append(time.perf_counter())
+    def started(self, result: "_Result") -> None:
+        if self._thread is not None:
+            self._thread.submit(self._wait, time.perf_counter(), result.rows)
 
-    def fetch(self, result: "_Result"):
-        fetched = result.fetch()
-        now = time.perf_counter()
-        started = max(self._dispatched.pop(0), self._ready)
-        if self._times is not None:
-            self._times.append(now - started)
-        self._ready = now
-        return fetched
+    def _wait(self, started: float, rows: Array | np.ndarray) -> None:
+        jax.block_until_ready(rows)
+        ready = time.perf_counter()
+        self._times.append(ready - max(started, self._ready))
+        self._ready = ready
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
 
 
 @dataclasses.dataclass

@@ -44,9 +44,9 @@ def network_size(
     `16 k + 1` (half to even, as numpy rounds).
     """
     long_edge = max(size)
-    if long_edge > max_long_edge:
-        scale = scale * max_long_edge / long_edge
-    sides = (int(side * scale) for side in size)
+    limit = max_long_edge / long_edge if long_edge > max_long_edge else 1.0
+    # In this order: a factor of limit * scale rounds differently, and int() then cuts a pixel off.
+    sides = (int(side * limit * scale) for side in size)
     return tuple(
         side if side % STRIDE == 1 else int(np.round((side - 1) / STRIDE)) * STRIDE + 1
         for side in sides

@@ -183,14 +183,16 @@ def resize(
     method: str = "bilinear",
     align_corners: bool = True,
 ) -> Float[Array, "n oh ow c"]:
-    """Separable resize without antialiasing, as two products with constant matrices."""
+    """Separable resize without antialiasing, as two products with constant matrices (never TF32,
+    which would round pixel values to a tenth of a grey level)."""
     height, width = x.shape[1:3]
     if (height, width) == tuple(size):
         return x
     rows = interpolation_matrix(height, size[0], method, align_corners)
     columns = interpolation_matrix(width, size[1], method, align_corners)
-    x = jnp.einsum("oh,nhwc->nowc", rows.astype(x.dtype), x)
-    return jnp.einsum("pw,nowc->nopc", columns.astype(x.dtype), x)
+    with jax.default_matmul_precision("highest"):
+        x = jnp.einsum("oh,nhwc->nowc", rows.astype(x.dtype), x)
+        return jnp.einsum("pw,nowc->nopc", columns.astype(x.dtype), x)
 
 
 def nearest_indices(size_in: int, size_out: int) -> np.ndarray:

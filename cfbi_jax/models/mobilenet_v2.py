@@ -17,6 +17,7 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+OUTPUT_STRIDE = 16
 LOW_LEVEL_BLOCK = 3  # the stem counts as block 0
 
 
@@ -61,7 +62,6 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    output_stride: int = 16
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -77,7 +77,7 @@ class MobileNetV2(nn.Module):
             # Past the stride limit a stage dilates instead; its first block keeps the dilation
             # reached so far, its later blocks use the new one.
             first_dilation = dilation
-            if reached >= self.output_stride:
+            if reached >= OUTPUT_STRIDE:
                 dilation *= stride
                 stride = 1
             reached *= stride

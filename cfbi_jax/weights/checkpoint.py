@@ -6,7 +6,9 @@ CKPT/config/      JSON: the model's fields, and the image format it was trained 
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -68,7 +70,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is no checkpoint of this project: expected the folders config and variables, "
             f"found {found}"
         )
-    with _checkpointer() as checkpointer:
+    with _checkpointer() as checkpointer, _damage_named(path):
         restored = checkpointer.restore(
             path, args=ocp.args.Composite(config=ocp.args.JsonRestore())
         )
@@ -85,6 +87,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             path, args=ocp.args.Composite(variables=ocp.args.StandardRestore(target))
         )
     return Checkpoint(model, restored["variables"], image_format)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Orbax and TensorStore raise all kinds of exceptions on damaged files; ours pass."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: damaged checkpoint, its config is no JSON: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: damaged checkpoint: {first_line}") from error
 
 
 def _checkpointer():

@@ -45,6 +45,9 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise ValueError(f"{path}: these entries of the state dict are no tensors: {wrong[:5]}")
+    half = [key for key, value in state.items() if value.dtype == torch.bfloat16]
+    if half:
+        raise ValueError(f"{path}: bfloat16 tensors, expected float32: {half[:5]}")
     return {key: value.detach().numpy() for key, value in state.items()}
 
 

@@ -170,7 +170,7 @@ def test_prediction_of_another_size_or_kind_is_an_error(two_squares):
     with pytest.raises(ValueError, match=r"a.00002\.png.*\(20, 10\).*\(10, 10\)"):
         score_davis(root, results)
     Image.new("RGB", (10, 10)).save(path)
-    with pytest.raises(ValueError, match=r"a.00002\.png.*'RGB'"):
+    with pytest.raises(ValueError, match=r"a.00002\.png: RGB colours"):
         score_davis(root, results)
     Image.new("L", (10, 10)).save(path, format="JPEG")
     with pytest.raises(ValueError, match=r"a.00002\.png.*JPEG"):

@@ -1,5 +1,7 @@
 """Propagation: the golden videos from first mask to last label, and what a user can rely on."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -209,6 +211,22 @@ def test_decoding_is_ahead_of_the_consumer(segmenter):
     labels.close()
 
 
+@pytest.mark.parametrize("slow", ["reader", "consumer"])
+def test_times_are_of_the_computation_alone(segmenter, slow):
+    masks, times = {0: mask_of(BOXES)}, []
+    list(segmenter.segment(random_video(2), masks))  # compile
+
+    def frames():
+        for frame in random_video(5):
+            time.sleep(0.4 if slow == "reader" else 0)
+            yield frame
+
+    for _ in segmenter.segment(frames(), masks, times=times):
+        time.sleep(0.4 if slow == "consumer" else 0)
+    assert len(times) == 5
+    assert 0 < sum(times) < 5 * 0.2
+
+
 def test_options_from_checkpoint(tmp_path):
     model, variables = small_network()
     cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, IMAGENET_FORMAT)
@@ -269,6 +287,10 @@ def test_bad_masks_are_refused_before_the_first_frame(segmenter):
         consume({0: ramp})
     with pytest.raises(ValueError, match="2 objects, and max_objects is 1: no row is left"):
         consume({0: mask_of({1: BOXES[1]}), 1: mask_of({4: BOXES[2]})}, max_objects=1)
+    with pytest.raises(ValueError, match=r"frames \[-1, 0\]; the first frame is 0"):
+        consume({0: mask_of(BOXES), -1: mask_of(BOXES)})
+    with pytest.raises(ValueError, match="masks of one video have different sizes"):
+        consume({0: mask_of(BOXES), 5: mask_of({1: (0, 0, 8, 8)}, (16, 16))})
     with pytest.raises(ValueError, match="masks for 2 frames, and max_references is 1"):
         consume({0: mask_of(BOXES), 1: mask_of(BOXES)}, max_references=1)
 
@@ -278,14 +300,20 @@ def test_bad_frames(segmenter):
     with pytest.raises(ValueError, match="mask of frame 0 has 40 x 56 pixels; expected 32 x 40"):
         list(segmenter.segment(random_video(2, (32, 40)), mask))
     mixed = [*random_video(2), *random_video(1, (32, 40))]
+    found = []
     with pytest.raises(ValueError, match="frame 2 has 32 x 40 pixels; expected 40 x 56"):
-        list(segmenter.segment(mixed, mask))
+        found.extend(segmenter.segment(mixed, mask))
+    assert len(found) == 2  # nothing that was computed is lost
     with pytest.raises(ValueError, match=r"frame 0 is float64 \(40, 56, 3\); expected uint8"):
         list(segmenter.segment(random_video(1) / 255.0, mask))
     with pytest.raises(ValueError, match="4 channels"):
         list(segmenter.segment([np.zeros((40, 56, 4), np.uint8)], mask))
     with pytest.raises(ValueError, match=r"masks were given for frames \[7\], the video has 2"):
-        list(segmenter.segment(random_video(2), {**mask, 7: mask_of(BOXES)}))
+        segmenter.segment(random_video(2), {**mask, 7: mask_of(BOXES)})  # the length is known
+    labels = segmenter.segment(iter(random_video(2)), {**mask, 7: mask_of(BOXES)})
+    assert next(labels).shape == next(labels).shape == (40, 56)
+    with pytest.raises(ValueError, match=r"masks were given for frames \[7\], the video has 2"):
+        next(labels)
 
 
 def test_bad_streams():
@@ -299,5 +327,8 @@ def test_bad_streams():
     segmenter.step(frames[1], mask=mask_of(BOXES))
     with pytest.raises(ValueError, match="masks for 3 frames, and max_references is 2"):
         segmenter.step(frames[2], mask=mask_of(BOXES))
-    label = segmenter.step(frames[2])  # a refused mask leaves the video as it was
+    with pytest.raises(ValueError, match="mask of frame 0 has 8 x 8 pixels"):
+        segmenter.start(frames[0], np.ones((8, 8), np.uint8))
+    label = segmenter.step(frames[2])  # what was refused leaves the video as it was
     assert label.shape == (40, 56)
+    assert label.any()

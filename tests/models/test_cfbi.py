@@ -121,10 +121,6 @@ def test_an_object_without_any_pixel_is_finite(network):
     assert np.isfinite(segment(*network, inputs, 4)).all()
 
 
-def count(model):
-    return sum(np.prod(x.shape) for x in jax.tree.leaves(parameter_shapes(model)["params"]))
-
-
 def shapes(model):
     flat, _ = jax.tree_util.tree_flatten_with_path(parameter_shapes(model)["params"])
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in flat}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import recipe
 
+from cfbi_jax.inference import test_time
 from cfbi_jax.models import images
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.layers import resize, resize_labels
@@ -126,6 +127,38 @@ def test_case(case, networks):
             assert_labels_equal_where_clear(probabilities, expected, label)
 
 
+@pytest.mark.parametrize("view_index", range(4))
+def test_case_e_per_view(view_index, networks):
+    """Two scales, each straight and mirrored: network input, features, vector and logits."""
+    model, variables = networks["r101_cfbi"]
+    arrays, stored = recipe.golden("case_e"), recipe.golden("case_e_feat")
+    frames = arrays["frames"]
+    view = test_time.views_of(frames.shape[1:3], (1.0, 1.15), True, None)[view_index]
+    inputs = [
+        test_time.view_frame(jnp.asarray(frame), view, images.OFFICIAL_FORMAT) for frame in frames
+    ]
+    expected = stored[f"t1_aug{view_index}_input"]
+    np.testing.assert_allclose(inputs[1][0].transpose(2, 0, 1), expected, rtol=0, atol=EMBEDDING)
+
+    embed = jax.jit(lambda variables, x: model.apply(variables, x, method=CFBI.embed))
+    features = [embed(variables, x) for x in inputs]
+    for t, pair in enumerate(features):
+        for name, found in zip(("embedding", "low_level"), pair, strict=True):
+            expected = stored[f"t{t}_aug{view_index}_{name}"]
+            step = found.shape[-1] // expected.shape[0]
+            found = np.asarray(found[0]).transpose(2, 0, 1)[::step]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=EMBEDDING, err_msg=name)
+
+    seen = {k: test_time.mirror(v, view.mirrored) for k, v in arrays.items() if "label" in k}
+    seen["obj_nums"] = arrays["obj_nums"]
+    for t, logits, found in segment_case(model, variables, seen, features):
+        name = f"t{t}_aug{view_index}"
+        np.testing.assert_allclose(
+            found["instance_vector"], arrays[f"{name}_attention"], rtol=0, atol=VECTOR
+        )
+        np.testing.assert_allclose(logits[0], arrays[f"{name}_logits"], rtol=0, atol=LOGITS)
+
+
 # Official modules without a counterpart of ours: activations, pools, whole stages, the stem.
 WITHOUT_COUNTERPART = re.compile(
     r"backbone\.(relu|maxpool|layer\d|features\.0)$|seghead\.ASPP\.global_avg_pool$"
@@ -224,4 +257,4 @@ def test_effect_of_inexact_options_on_labels(field, value, networks):
         shares.append(np.mean(probabilities_of(logits, label.shape).argmax(axis=0) != label))
     share = np.mean(shares)
     print(f"{field}={value}: {share:.4f} of the golden labels change")
-    assert 0 < share <= 1.25 * STATED_SHARES[field, value]
+    np.testing.assert_allclose(share, STATED_SHARES[field, value], rtol=0.25)

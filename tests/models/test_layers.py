@@ -78,6 +78,13 @@ def test_resizing_keeps_constants_and_corners(method):
     np.testing.assert_allclose(layers.resize(jnp.ones((1, 5, 7, 1)), (1, 20), method), 1, atol=1e-6)
 
 
+def test_resize_is_never_in_reduced_precision():
+    """On NVIDIA GPUs DEFAULT is TF32."""
+    lowered = jax.jit(lambda x: layers.resize(x, (9, 9))).lower(jnp.ones((1, 5, 7, 2))).as_text()
+    assert lowered.count("dot_general") == 2
+    assert lowered.count("precision = [HIGHEST, HIGHEST]") == 2
+
+
 def test_gct_starts_as_the_identity_and_has_finite_gradients_at_zero():
     gct = layers.GatedChannelTransform()
     x = random(2, 4, 5, 3)
@@ -96,6 +103,7 @@ def test_gct_starts_as_the_identity_and_has_finite_gradients_at_zero():
         ((100, 134), 1.15, 800, (113, 161)),
         ((1080, 1920), 1.0, 1040, (577, 1041)),  # 585 x 1040 before the rounding
         ((720, 1280), 1.0, 800, (449, 801)),
+        ((480, 1280), 1.15, 800, (353, 913)),  # 480 * 0.625 * 1.15 = 345; 480 * 0.71875 < 345
         ((41, 57), 1.0, 1040, (33, 65)),  # 40 / 16 = 2.5 -> 2 and 56 / 16 = 3.5 -> 4: half to even
     ],
 )

@@ -67,7 +67,20 @@ def test_another_architecture(tmp_path, network):
     )
     with pytest.raises(ValueError, match="wrong shape|missing"):
         cfbi_jax.save_checkpoint(tmp_path / "new", CFBI(**SMALL), variables, OFFICIAL_FORMAT)
+    config_file.write_text(config_file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"ckpt: damaged checkpoint, its config is no JSON"):
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")
     config["model"] = {"head": "ensembler", "wings": 2}
     config_file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match='unknown model field "wings"'):
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+
+
+def test_damaged_arrays(tmp_path, network):
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+    files = [p for p in (tmp_path / "ckpt" / "variables").rglob("*") if p.is_file()]
+    for path in files:
+        if path.stat().st_size > 20_000:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="ckpt: damaged checkpoint"):
         cfbi_jax.load_checkpoint(tmp_path / "ckpt")

@@ -90,6 +90,9 @@ def test_bad_files(tmp_path, tensors):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="holds a list"):
         read_pth(path)
+    torch.save({"state_dict": {"a": torch.zeros(3, dtype=torch.bfloat16)}}, path)
+    with pytest.raises(ValueError, match=r"bfloat16 tensors, expected float32: \['a'\]"):
+        read_pth(path)
     torch.save({"state_dict": {"a": 3}}, path)
     with pytest.raises(ValueError, match="no tensors: .*'a'"):
         read_pth(path)
