@@ -30,6 +30,7 @@ def assert_close(found, expected, atol=2e-5):
         ("gm_one_ref_atrous2", 1, {"atrous_rate": 2}),
         ("gm_one_ref_atrous3", 1, {"atrous_rate": 3}),
         ("gm_two_refs_atrous2", 2, {"atrous_rate": 2}),
+        ("gm_train_atrous2", 1, {"atrous_rate": 2}),
         ("gm_one_ref_float16", 1, {"dtype": jnp.float16}),
     ],
 )
