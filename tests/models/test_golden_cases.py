@@ -149,7 +149,11 @@ def test_case_e_per_view(view_index, networks):
             found = np.asarray(found[0]).transpose(2, 0, 1)[::step]
             np.testing.assert_allclose(found, expected, rtol=0, atol=EMBEDDING, err_msg=name)
 
-    seen = {k: test_time.mirror(v, view.mirrored) for k, v in arrays.items() if "label" in k}
+    seen = {
+        k: test_time.mirror(jnp.asarray(v), view.mirrored)
+        for k, v in arrays.items()
+        if "label" in k
+    }
     seen["obj_nums"] = arrays["obj_nums"]
     for t, logits, found in segment_case(model, variables, seen, features):
         name = f"t{t}_aug{view_index}"
