@@ -9,7 +9,7 @@ current frame's embedding with those of the reference frames and of the previous
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,17 @@ from cfbi_jax.models.layers import Conv, group_norm, groups_of
 
 # Half-resolution windows; largest first is the channel order that official weights expect.
 WINDOWS = (12, 2, 4, 6, 8, 10)
+
+
+class Packing(NamedTuple):
+    """The rows of a batch that exist, one after the other, so that none is computed for nothing.
+
+    Row i of the packed batch is row `row[i]` of sample `sample[i]`; where `sample[i]` is the batch
+    size, row i is padding.
+    """
+
+    sample: Int[Array, " n"]
+    row: Int[Array, " n"]
 
 
 class PixelEmbedding(nn.Module):
@@ -137,12 +148,16 @@ class CFBI(nn.Module):
         low_level: Float[Array, "b h w low"],
         num_objects: Int[Array, " b"],
         num_rows: int,
+        packing: Packing | None = None,
     ) -> Float[Array, "b rows h w"]:
         """Logits at stride 4 of every row: 0 is the background, 1..num_objects[b] the objects.
 
         Labels are row numbers at the embedding's size; 255 is nobody's. `num_rows` is 1 + the
         padded number of objects, and r the padded number of references. What padding rows hold is
         meaningless and reaches no real row: `mask_padding` takes them out of a softmax.
+
+        The head works on all `b * num_rows` rows, or with `packing`, which has to name every row up
+        to `num_objects[b]`, on those alone.
         """
         with jax.default_matmul_precision("highest"):
             rows = jnp.arange(num_rows)
@@ -153,9 +168,34 @@ class CFBI(nn.Module):
                 frame_valid[:, :, None, None], reference_label, matching.NOBODY
             ).astype(jnp.uint8)
 
-            features = self._pixel_features(
+            maps, mask = self._distance_maps(
                 reference, reference_label, previous, previous_label, current, valid
             )
+            batch, height, width, _ = current.shape
+
+            def per_row(x):  # [b, rows, ...] -> [n, ...]
+                if packing is None:
+                    return x.reshape(-1, *x.shape[2:])
+                return x[jnp.minimum(packing.sample, batch - 1), packing.row]
+
+            def shared(x):  # [b, ...] -> [n, ...]
+                if packing is None:
+                    return per_row(jnp.broadcast_to(x[:, None], (batch, num_rows, *x.shape[1:])))
+                return x[jnp.minimum(packing.sample, batch - 1)]
+
+            def unpacked(x):  # [n, h, w] -> [b, rows, h, w]
+                if packing is None:
+                    return x.reshape(batch, num_rows, height, width)
+                empty = jnp.zeros((batch, num_rows, height, width), x.dtype)
+                return empty.at[packing.sample, packing.row].set(x, mode="drop")
+
+            mask, previous_rows = per_row(mask), shared(previous)
+            features = [shared(current), previous_rows * mask]
+            if self.pixel_background:
+                features.append(previous_rows * (1 - mask))
+            features.append(self.matching_feature(per_row(maps)).astype(jnp.float32))
+            features = jnp.concatenate(features, axis=-1).astype(self.compute_dtype)
+
             vector = None
             if self.instance_attention:
                 vector = instance_vector(
@@ -168,21 +208,14 @@ class CFBI(nn.Module):
                     self.instance_background,
                 )
                 self.sow("intermediates", "instance_vector", vector)
-                vector = vector.reshape(-1, vector.shape[-1])
+                vector = per_row(vector)
+            foreground, background = self.ensembler(features, shared(low_level), vector)
+            return augment_background(unpacked(foreground), unpacked(background), valid)
 
-            batch, height, width, low_dim = low_level.shape
-            low_level = jnp.broadcast_to(
-                low_level[:, None], (batch, num_rows, height, width, low_dim)
-            ).reshape(-1, height, width, low_dim)
-            foreground, background = self.ensembler(features, low_level, vector)
-            shape = (batch, num_rows, height, width)
-            return augment_background(foreground.reshape(shape), background.reshape(shape), valid)
-
-    def _pixel_features(
+    def _distance_maps(
         self, reference, reference_label, previous, previous_label, current, valid
-    ) -> Float[Array, "n h w features"]:
-        """What the head receives per row (end of paper section 3.1), rows folded into the batch."""
-        batch, height, width, channels = current.shape
+    ) -> tuple[Float[Array, "b rows h w maps"], Float[Array, "b rows h w 1"]]:
+        """What matching says of every row (end of paper section 3.1), and the previous mask."""
         num_rows = valid.shape[1]
         bias = jnp.zeros(num_rows)
         if self.distance_bias:
@@ -217,20 +250,8 @@ class CFBI(nn.Module):
             self.sow("intermediates", "global_background", global_background)
             self.sow("intermediates", "local_background", local_background)
 
-        def fold(x):  # [b, h, w, rows, c] -> [b * rows, h, w, c]
-            return jnp.moveaxis(x, 3, 1).reshape(batch * num_rows, height, width, -1)
-
-        def per_row(x):  # [b, h, w, c] -> [b, rows, h, w, c]
-            return jnp.broadcast_to(x[:, None], (batch, num_rows, height, width, channels))
-
-        maps = fold(jnp.concatenate(maps, axis=-1))
-        mask = jnp.moveaxis(mask, 3, 1)[..., None]
-        features = [per_row(current), per_row(previous) * mask]
-        if self.pixel_background:
-            features.append(per_row(previous) * (1 - mask))
-        features = [x.reshape(-1, height, width, channels) for x in features]
-        features.append(self.matching_feature(maps).astype(jnp.float32))
-        return jnp.concatenate(features, axis=-1).astype(self.compute_dtype)
+        by_row = jnp.moveaxis(jnp.concatenate(maps, axis=-1), 3, 1)
+        return by_row, jnp.moveaxis(mask, 3, 1)[..., None]
 
     def __call__(
         self, images: Float[Array, "b height width 3"], num_rows: int = 2

@@ -9,6 +9,8 @@ minima are taken over d and the bias and the sigmoid are applied to the minimum.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,7 @@ def global_matching(
     return biased_distance(squared, bias)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def nearest_squared_distance(
     query: Float[Array, "q c"],
     reference: Float[Array, "p c"],
@@ -107,34 +110,107 @@ def nearest_squared_distance(
 
         row 0          row 1      row 2
         [####|####|##..|####|#...|###.]      # pixel, . padding, | tile border
+
+    The gradient flows to the nearest pixel alone, so the backward pass needs its index and no
+    distance; of pixels at the same distance the first gets it.
     """
-    tiles, tile_row = _tiles_by_row(reference, label, num_rows)
+    tiles = _tiles_by_row(reference, label, num_rows)
+
+    def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
+        def one_tile(nearest, tile):
+            return nearest.at[tile.row].min(jnp.min(distances(tile), axis=-1)), None
+
+        distances = _tile_distances(query)
+        start = jnp.full((num_rows, query.shape[0]), FAR, query.dtype)
+        nearest, _ = jax.lax.scan(one_tile, start, tiles)
+        return nearest
+
+    return _by_query_chunks(one_chunk, query)
+
+
+def _nearest_forward(query, reference, label, num_rows):
+    """The same, and the index of the nearest pixel (-1 where a row has none)."""
+    tiles = _tiles_by_row(reference, label, num_rows)
+
+    def one_chunk(query):
+        def one_tile(carry, tile):
+            nearest, index = carry
+            squared = distances(tile)
+            least = jnp.min(squared, axis=-1)
+            # Two plain minima: XLA's CPU backend does not vectorise an arg-min.
+            slots = jnp.arange(squared.shape[1], dtype=jnp.int32)
+            slot = jnp.min(jnp.where(squared == least[:, None], slots, slots.size - 1), axis=-1)
+            closer = least < nearest[tile.row]
+            nearest = nearest.at[tile.row].min(least)
+            found = jnp.where(closer, tile.source[slot], index[tile.row])
+            return (nearest, index.at[tile.row].set(found)), None
+
+        distances = _tile_distances(query)
+        start = (
+            jnp.full((num_rows, query.shape[0]), FAR, query.dtype),
+            jnp.full((num_rows, query.shape[0]), -1, jnp.int32),
+        )
+        carry, _ = jax.lax.scan(one_tile, start, tiles)
+        return carry
+
+    nearest, index = _by_query_chunks(one_chunk, query)
+    return nearest, (query, reference, label, index)
+
+
+def _nearest_backward(num_rows, residuals, gradient):
+    """d|p - q|^2 = 2 (p - q) d(p - q), one row after the other to bound the memory."""
+    query, reference, label, index = residuals
+    weight = 2 * jnp.where(index < 0, 0, gradient)
+
+    def one_row(carry, row):
+        query_gradient, reference_gradient = carry
+        index, weight = row
+        pull = weight[:, None] * (query - reference[index])
+        return (query_gradient + pull, reference_gradient.at[index].add(-pull)), None
+
+    start = (jnp.zeros_like(query), jnp.zeros_like(reference))
+    gradients, _ = jax.lax.scan(one_row, start, (index.T, weight.T))
+    return *gradients, np.zeros(label.shape, jax.dtypes.float0)
+
+
+nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
+
+
+def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
+    """Tile -> squared distances [chunk, n]; infinite where the tile is padding."""
+    query_norm = _squared_norm(query)[:, None]
+
+    def distances(tile: "_Tiles"):
+        product = jnp.einsum("qc,pc->qp", query, tile.pixels)
+        return _rounded(query_norm + tile.norms) - 2 * product
+
+    return distances
+
+
+def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):
+    """Maps `[chunk, c] -> [rows, chunk]` over chunks of the queries; `[q, rows]` for each output."""
     num_queries, channels = query.shape
     chunk = min(QUERY_CHUNK, num_queries)
     padded = jnp.pad(query, ((0, -num_queries % chunk), (0, 0)))
+    outputs = jax.lax.map(one_chunk, padded.reshape(-1, chunk, channels))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1])[:num_queries], outputs
+    )
 
-    def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
-        query_norm = _squared_norm(query)
 
-        def one_tile(nearest, tile):
-            pixels, norms, row = tile
-            product = jnp.einsum("qc,pc->qp", query, pixels)
-            squared = _rounded(query_norm[:, None] + norms) - 2 * product
-            return nearest.at[row].min(jnp.min(squared, axis=-1)), None
+class _Tiles(NamedTuple):
+    """Reference pixels sorted into tiles of one row each; t tiles of n."""
 
-        start = jnp.full((num_rows, query.shape[0]), FAR, query.dtype)
-        nearest, _ = jax.lax.scan(one_tile, start, (*tiles, tile_row))
-        return nearest
-
-    chunks = padded.reshape(-1, chunk, channels)
-    nearest = jax.lax.map(one_chunk, chunks)
-    return jnp.moveaxis(nearest, 1, 2).reshape(-1, num_rows)[:num_queries]
+    pixels: Float[Array, "t n c"]
+    norms: Float[Array, "t n"]  # squared; infinite for padding
+    source: Int[Array, "t n"]  # index among the reference pixels, or their number for padding
+    row: Int[Array, " t"]
 
 
 def _tiles_by_row(
     reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
-) -> tuple[tuple[Float[Array, "t n c"], Float[Array, "t n"]], Int[Array, " t"]]:
-    """Sorts pixels into tiles of one row each: ((pixels, squared norms), row of every tile)."""
+) -> _Tiles:
+    """Sorts pixels into tiles of one row each."""
     num_pixels = reference.shape[0]
     tile = min(REFERENCE_TILE, num_pixels)
     num_tiles = num_pixels // tile + num_rows  # enough for any labels
@@ -158,7 +234,7 @@ def _tiles_by_row(
     tile_row = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right")
     tile_row = jnp.minimum(tile_row, num_rows - 1)  # tiles left over are empty: any row will do
     shape = (num_tiles, tile)
-    return (pixels.reshape(*shape, -1), norms.reshape(shape)), tile_row
+    return _Tiles(pixels.reshape(*shape, -1), norms.reshape(shape), source.reshape(shape), tile_row)
 
 
 # ----------------------------------------------------------------------------------------- local
@@ -256,6 +332,8 @@ def windowed_squared_distance(
         return jnp.minimum(nearest, jnp.stack(minima)), None
 
     nearest = jnp.full((len(windows), height, num_strips, strip, num_rows), FAR, query.dtype)
+    # The backward pass computes one offset's distances again instead of keeping those of all.
+    one_offset = jax.checkpoint(one_offset, prevent_cse=False)
     nearest, _ = jax.lax.scan(one_offset, nearest, jnp.asarray(offsets))
     nearest = nearest[np.array([ascending.index(k) for k in windows])]
     nearest = nearest.reshape(len(windows), height, num_strips * strip, num_rows)[:, :, :width]
