@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfbi_jax.data.image_files import list_frames
-from cfbi_jax.data.videos import EvaluationVideo, check_names
+from cfbi_jax.data.videos import EvaluationVideo, Reading, TrainingFiles, check_names, skip_short
 
 
 def evaluation_videos(
@@ -32,13 +32,27 @@ def evaluation_videos(
     another year, an unknown sequence, an empty list.
     """
     root = Path(root)
-    if year not in (2016, 2017):
-        raise ValueError(f"{root}: DAVIS year {year!r}; expected 2016 or 2017")
-    names = sequence_names(root, year, split)
-    if sequences is not None:
-        check_names("sequence", sequences, names, _list_file(root, year, split))
-        names = [name for name in names if name in set(sequences)]
+    names = _selected(root, year, split, sequences)
     return [_evaluation_video(root, year, resolution, name) for name in names]
+
+
+def training_files(
+    root: Path | str,
+    year: int = 2017,
+    split: str = "train",
+    resolution: str = "480p",
+    sequences: Sequence[str] | None = None,
+) -> list[TrainingFiles]:
+    """The frames and masks of the sequences of a list; those of fewer than two frames are skipped.
+
+    Args: those of `evaluation_videos`.
+
+    Errors: FileNotFoundError for a missing folder, list or frame, and for any frame without its
+    mask; ValueError as for `evaluation_videos`.
+    """
+    root = Path(root)
+    names = _selected(root, year, split, sequences)
+    return skip_short(_training_files(root, year, resolution, name) for name in names)
 
 
 def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
@@ -63,27 +77,32 @@ def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
     return names
 
 
+def _selected(root: Path, year: int, split: str, sequences: Sequence[str] | None) -> list[str]:
+    """The names in a list that are also in `sequences`, unless that is None."""
+    if year not in (2016, 2017):
+        raise ValueError(f"{root}: DAVIS year {year!r}; expected 2016 or 2017")
+    names = sequence_names(root, year, split)
+    if sequences is None:
+        return names
+    check_names("sequence", sequences, names, _list_file(root, year, split))
+    return [name for name in names if name in set(sequences)]
+
+
+def _reading(year: int) -> Reading:
+    return "binary" if year == 2016 else "void_255"
+
+
 def _list_file(root: Path, year: int, split: str) -> Path:
     return root / "ImageSets" / str(year) / f"{split}.txt"
 
 
 def _evaluation_video(root: Path, year: int, resolution: str, name: str) -> EvaluationVideo:
     """Lists the files of one sequence; opens none."""
-    frames_folder = _sequence_folder(root, "JPEGImages", resolution, name)
-    masks_folder = _sequence_folder(root, "Annotations", resolution, name)
-    frames = list_frames(frames_folder)
-    _check_no_gap(frames)
-    masks = {path.stem: path for path in masks_folder.glob("[!.]*.png")}
-
+    frames, masks_folder, masks = _sequence_files(root, resolution, name)
     stems = [path.stem for path in frames]
     if stems[0] not in masks:
         raise FileNotFoundError(
             f"{masks_folder / stems[0]}.png: no such file; expected the mask of the first frame"
-        )
-    without_frame = sorted(masks.keys() - set(stems))
-    if without_frame:
-        raise FileNotFoundError(
-            f"{frames_folder / without_frame[0]}.jpg: no such frame, but it has an annotation"
         )
     without_mask = [stem for stem in stems if stem not in masks]
     # The test splits publish first masks only. A part of the masks is a copy that went wrong.
@@ -99,8 +118,41 @@ def _evaluation_video(root: Path, year: int, resolution: str, name: str) -> Eval
         given={0: masks[stems[0]]},
         save=tuple(range(len(frames))),
         truth=truth,
-        reading="binary" if year == 2016 else "void_255",
+        reading=_reading(year),
     )
+
+
+def _training_files(root: Path, year: int, resolution: str, name: str) -> TrainingFiles:
+    """Lists the files of one sequence; opens none."""
+    frames, masks_folder, masks = _sequence_files(root, resolution, name)
+    for frame in frames:
+        if frame.stem not in masks:
+            raise FileNotFoundError(
+                f"{masks_folder / frame.stem}.png: no such file; {len(masks)} of {len(frames)}"
+                " annotations found; training needs all"
+            )
+    in_order = tuple(masks[frame.stem] for frame in frames)
+    return TrainingFiles(name, tuple(frames), in_order, _reading(year))
+
+
+def _sequence_files(
+    root: Path, resolution: str, name: str
+) -> tuple[list[Path], Path, dict[str, Path]]:
+    """The frames of a sequence in order, the folder of its masks, and the masks by stem.
+
+    Errors: FileNotFoundError for a missing folder, a gap between frames, a mask without frame.
+    """
+    frames_folder = _sequence_folder(root, "JPEGImages", resolution, name)
+    masks_folder = _sequence_folder(root, "Annotations", resolution, name)
+    frames = list_frames(frames_folder)
+    _check_no_gap(frames)
+    masks = {path.stem: path for path in masks_folder.glob("[!.]*.png")}
+    without_frame = sorted(masks.keys() - {path.stem for path in frames})
+    if without_frame:
+        raise FileNotFoundError(
+            f"{frames_folder / without_frame[0]}.jpg: no such frame, but it has an annotation"
+        )
+    return frames, masks_folder, masks
 
 
 def _sequence_folder(root: Path, kind: str, resolution: str, name: str) -> Path:

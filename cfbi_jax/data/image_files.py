@@ -76,13 +76,20 @@ def read_frame(path: Path | str) -> UInt8[np.ndarray, "height width 3"]:
 
     Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture.
     """
-    data = Path(path).read_bytes()
-    _check_complete(io.BytesIO(data), path)
+    return decode_frame(Path(path).read_bytes(), str(path))
+
+
+def decode_frame(data: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes a picture file's bytes as `read_frame` does; `name` says whose in errors.
+
+    Errors: ValueError for bytes that are cut short or are no picture.
+    """
+    _check_complete(io.BytesIO(data), name)
     # The decoder of the official code, so that the same file gives the same numbers.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if bgr is None:
-        raise ValueError(f"{path}: no picture that can be decoded; expected a JPEG or PNG")
+        raise ValueError(f"{name}: no picture that can be decoded; expected a JPEG or PNG")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
@@ -115,12 +122,18 @@ def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
     Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
     instead of ids, has ids above 255, or has the in-between values of an anti-aliased drawing.
     """
-    with open(path, "rb") as file:
-        _check_complete(file, path)
-        image = _open_image(file, path)
-        _check_holds_ids(image, path)
-        values = np.array(_decode(file, path))
-    return check_label(values, str(path))
+    return decode_mask(Path(path).read_bytes(), str(path))
+
+
+def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "height width"]:
+    """Decodes a PNG file's bytes as `read_mask` does; `name` says whose in errors.
+
+    Errors: ValueError as in `read_mask`.
+    """
+    file = io.BytesIO(data)
+    _check_complete(file, name)
+    _check_holds_ids(_open_image(file, name), name)
+    return check_label(np.array(_decode(file, name)), name)
 
 
 def check_label(array: np.ndarray, name: str) -> UInt8[np.ndarray, "height width"]:

@@ -1,7 +1,7 @@
-"""What an evaluation needs to know of a video, and what can be checked before it runs."""
+"""What an evaluation or a training needs to know of a video, and what can be checked before it."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,6 +15,10 @@ from cfbi_jax.data import image_files
 
 LOGGER = logging.getLogger(__name__)
 
+# What the values of mask files mean: "ids" of objects; "binary", one object wherever they are not 0
+# (DAVIS 2016); "void_255", ids, with 255 where nobody knows (DAVIS 2017).
+Reading = Literal["ids", "binary", "void_255"]
+
 
 @dataclass(frozen=True)
 class EvaluationVideo:
@@ -26,8 +30,7 @@ class EvaluationVideo:
       given: the mask files that the system is shown, by frame.
       save: the frames whose results are written, ascending.
       truth: the true masks, by frame: one for every frame in `save`, or none at all.
-      reading: what the values of the mask files mean: "ids" of objects; "binary", one object
-        wherever they are not 0 (DAVIS 2016); "void_255", ids, with 255 for background (DAVIS 2017).
+      reading: what the values of the mask files mean; 255 for void is read as background.
       starts: the frame at which each object is given (YouTube-VOS): a given mask shows only the
         objects that start with it. Empty: a given mask shows all its objects.
       allow_empty_first_mask: an object may start later than the first given mask.
@@ -38,9 +41,49 @@ class EvaluationVideo:
     given: Mapping[int, Path]
     save: tuple[int, ...]
     truth: Mapping[int, Path] = field(default_factory=dict)
-    reading: Literal["ids", "binary", "void_255"] = "ids"
+    reading: Reading = "ids"
     starts: Mapping[int, int] = field(default_factory=dict)
     allow_empty_first_mask: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """The annotated frames of a video to train on.
+
+    Attributes:
+      name: the folder's name.
+      frames: the picture files in order.
+      masks: the mask file of each frame.
+      reading: what the values of the mask files mean; 255 for void is left, for the loss to ignore.
+
+    Errors: ValueError unless there are as many masks as frames.
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    masks: tuple[Path, ...]
+    reading: Reading
+
+    def __post_init__(self):
+        if len(self.frames) != len(self.masks):
+            raise ValueError(
+                f"{self.name}: {len(self.frames)} frames and {len(self.masks)} masks; expected one"
+                " mask per frame"
+            )
+
+
+def skip_short(files: Iterable[TrainingFiles]) -> list[TrainingFiles]:
+    """Leaves out, with a warning, videos with fewer than two annotated frames: no clip is there."""
+    kept = []
+    for video in files:
+        if len(video.frames) >= 2:
+            kept.append(video)
+        else:
+            LOGGER.warning(
+                "%s: annotated frames: %d; skipped, as training needs two",
+                *(video.name, len(video.frames)),
+            )
+    return kept
 
 
 def read_label(video: EvaluationVideo, path: Path) -> UInt8[np.ndarray, "height width"]:
@@ -80,14 +123,24 @@ def check_videos(
     picture, a frame or mask of another size than the video, a mask that is none, a first mask
     without objects, more than `max_objects` objects in a video.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        # The first error in the order of `videos` is raised, so that the message is reproducible.
-        results = [pool.submit(_check_video, video, max_objects) for video in videos]
-        try:
-            return {v.name: result.result() for v, result in zip(videos, results, strict=True)}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    ids = _in_threads(lambda video: _check_video(video, max_objects), videos, threads)
+    return {video.name: found for video, found in zip(videos, ids, strict=True)}
+
+
+def check_training_files(files: Sequence[TrainingFiles], threads: int = 8) -> None:
+    """Checks header, size and end of every file, so that long work does not stop halfway.
+
+    Errors: FileNotFoundError for a missing file; ValueError for no videos, a name that is there
+    twice, a file that is cut short or no picture, a mask that cannot hold ids, a frame or mask of
+    another size than the video.
+    """
+    names = [video.name for video in files]
+    if not names:
+        raise ValueError("no videos to train on; expected one at least")
+    if len(set(names)) < len(names):
+        name = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{name}: more than one video of this name; expected one")
+    _in_threads(_check_training_video, files, threads)
 
 
 def split_names(listed: str) -> list[str]:
@@ -106,6 +159,32 @@ def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: P
             )
 
 
+def _in_threads(check: Callable, videos: Sequence, threads: int) -> list:
+    """`check` of each video. Of several errors the first in the order of `videos` is raised."""
+    with ThreadPoolExecutor(threads) as pool:
+        results = [pool.submit(check, video) for video in videos]
+        try:
+            return [result.result() for result in results]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_training_video(video: TrainingFiles) -> None:
+    """Checks one video; see `check_training_files`."""
+    _check_frame_sizes(video.frames, video.masks)
+
+
+def _check_frame_sizes(frames: Sequence[Path], masks: Iterable[Path]) -> tuple[int, int]:
+    """(height, width) of a video, after checking that all its frames and these masks have it."""
+    size = image_files.image_size(frames[0])
+    for path in frames[1:]:
+        _check_size(path, image_files.image_size(path), size, frames[0])
+    for path in masks:
+        _check_size(path, image_files.mask_size(path), size, frames[0])
+    return size
+
+
 def _check_video(video: EvaluationVideo, max_objects: int | None) -> tuple[int, ...]:
     """Checks one video; see `check_videos`."""
     if not video.frames:
@@ -113,11 +192,7 @@ def _check_video(video: EvaluationVideo, max_objects: int | None) -> tuple[int, 
     if not video.given:
         raise ValueError(f"{video.name}: no mask is given; expected one at the first frame")
     first = video.frames[0]
-    size = image_files.image_size(first)
-    for path in video.frames[1:]:
-        _check_size(path, image_files.image_size(path), size, first)
-    for path in video.truth.values():
-        _check_size(path, image_files.mask_size(path), size, first)
+    size = _check_frame_sizes(video.frames, video.truth.values())
 
     given: dict[int, set[int]] = {}
     seen: set[int] = set()

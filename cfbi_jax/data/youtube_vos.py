@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfbi_jax.data.videos import EvaluationVideo, check_names
+from cfbi_jax.data.videos import EvaluationVideo, TrainingFiles, check_names, skip_short
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,38 @@ def evaluation_videos(
     """
     root = Path(root)
     meta = read_meta(root, split)
-    names = sorted(meta)
-    if videos is not None:
-        check_names("video", videos, names, root / split / "meta.json")
-        names = sorted(set(videos))
-    frames_folder = root / (f"{split}_all_frames" if all_frames else split) / "JPEGImages"
-    masks_folder = root / split / "Annotations"
-    for folder in (frames_folder, masks_folder):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected one folder per video")
+    names = _selected(root, split, meta, videos)
+    frames_folder = _existing(root / (f"{split}_all_frames" if all_frames else split), "JPEGImages")
+    masks_folder = _existing(root / split, "Annotations")
     return [
         _evaluation_video(
             frames_folder / name, masks_folder / name, meta[name], all_frames, split == "train"
         )
         for name in names
     ]
+
+
+def training_files(
+    root: Path | str, split: str = "train", videos: Sequence[str] | None = None
+) -> list[TrainingFiles]:
+    """The annotated frames of the videos in `meta.json`, sorted by name.
+
+    These are all the PNGs of a video with their JPEGs. A JPEG without a PNG is legal and is left
+    out. Videos with fewer than two annotated frames are skipped.
+
+    Args:
+      root: the folder that holds the folders of the splits.
+      split: a folder in it; `train` is the one whose annotations are complete.
+      videos: restricts to these names.
+
+    Errors: FileNotFoundError for a missing folder or `meta.json`, and for an annotation without its
+    frame; ValueError for a damaged `meta.json`, an unknown video.
+    """
+    root = Path(root)
+    names = _selected(root, split, read_meta(root, split), videos)
+    frames_folder = _existing(root / split, "JPEGImages")
+    masks_folder = _existing(root / split, "Annotations")
+    return skip_short(_training_files(frames_folder / n, masks_folder / n) for n in names)
 
 
 def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]:
@@ -85,6 +102,41 @@ def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]
         raise ValueError(f"{path}: damaged, no JSON ({error})") from error
     videos = _mapping(content, "videos", f"{path}")
     return {name: _read_objects(videos, name, path) for name in videos}
+
+
+def _selected(
+    root: Path, split: str, meta: Mapping[str, Any], videos: Sequence[str] | None
+) -> list[str]:
+    """The names in `meta`, or those of `videos` after checking that they are in it, sorted."""
+    if videos is None:
+        return sorted(meta)
+    check_names("video", videos, sorted(meta), root / split / "meta.json")
+    return sorted(set(videos))
+
+
+def _existing(split_folder: Path, kind: str) -> Path:
+    folder = split_folder / kind
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected one folder per video")
+    return folder
+
+
+def _training_files(frames_folder: Path, masks_folder: Path) -> TrainingFiles:
+    """Lists the files of one video; opens none."""
+    pictures = _stems(frames_folder, ".jpg")
+    annotated = (stem for stem in _stems(masks_folder, ".png") if stem.isdecimal())
+    stems = sorted(annotated, key=int)
+    for stem in stems:
+        if stem not in pictures:
+            raise FileNotFoundError(
+                f"{frames_folder / stem}.jpg: no such frame, but it has an annotation"
+            )
+    return TrainingFiles(
+        name=frames_folder.name,
+        frames=tuple(frames_folder / f"{stem}.jpg" for stem in stems),
+        masks=tuple(masks_folder / f"{stem}.png" for stem in stems),
+        reading="ids",
+    )
 
 
 def _read_objects(videos: Mapping[str, Any], name: str, path: Path) -> dict[int, ObjectEntry]:

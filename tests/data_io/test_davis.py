@@ -1,5 +1,6 @@
 """A small DAVIS folder is written with Pillow, damaged in one way, and must be refused for that."""
 
+import logging
 import shutil
 import time
 
@@ -222,3 +223,59 @@ def test_first_error_in_the_order_of_the_list_is_raised(root, monkeypatch):
     monkeypatch.setattr(videos, "read_given", slow_for_the_first)
     with pytest.raises(ValueError, match=r"dogs-jump/00000\.png: an empty first mask"):
         load_and_check(root)
+
+
+# ---- To train on ----
+
+
+def test_training_files_are_all_frames_with_their_masks(root):
+    first, second = davis.training_files(root, split="val")
+    assert (first.name, second.name) == ("dogs-jump", "bear")
+    assert second.frames == tuple(frame_file(root, i) for i in range(4))
+    assert second.masks == tuple(mask_file(root, i) for i in range(4))
+    assert (first.reading, second.reading) == ("void_255", "void_255")
+    (video,) = davis.training_files(root, 2016, "val", sequences=["bear"])
+    assert (video.name, video.reading) == ("bear", "binary")
+    assert [v.name for v in davis.training_files(root, split="val", sequences=["bear"])] == ["bear"]
+
+
+def test_training_files_are_those_of_the_train_list_by_default(root):
+    with pytest.raises(FileNotFoundError, match=r"2017/train\.txt: no such list; .*2017/val\.txt"):
+        davis.training_files(root)
+    (root / "ImageSets" / "2017" / "train.txt").write_text("bear\n")
+    assert [video.name for video in davis.training_files(root)] == ["bear"]
+    with pytest.raises(FileNotFoundError, match="240p: no such folder; there are: 480p"):
+        davis.training_files(root, resolution="240p")
+    with pytest.raises(ValueError, match=r"train\.txt: no sequence 'dogs-jump'"):
+        davis.training_files(root, sequences=["dogs-jump"])
+    with pytest.raises(ValueError, match="2018; expected 2016 or 2017"):
+        davis.training_files(root, year=2018)
+
+
+@pytest.mark.parametrize("kept", [{0, 1, 3}, {1, 2, 3}, {0}, set()])
+def test_every_frame_to_train_on_needs_its_mask(root, kept):
+    missing = sorted(set(range(4)) - kept)
+    for i in missing:
+        mask_file(root, i).unlink()
+    message = rf"Annotations/480p/bear/0000{missing[0]}\.png: no such file; {len(kept)} of 4 "
+    with pytest.raises(FileNotFoundError, match=message):
+        davis.training_files(root, split="val")
+
+
+def test_mask_to_train_on_without_frame(root):
+    frame_file(root, 3).unlink()
+    with pytest.raises(FileNotFoundError, match=r"bear/00003\.jpg: no such frame, but it has an"):
+        davis.training_files(root, split="val")
+
+
+def test_sequence_of_one_frame_is_skipped(root, caplog):
+    for i in (1, 2, 3):
+        frame_file(root, i).unlink()
+        mask_file(root, i).unlink()
+    for i in (2, 3):
+        frame_file(root, i, "dogs-jump").unlink()
+        mask_file(root, i, "dogs-jump").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert [v.name for v in davis.training_files(root, split="val")] == ["dogs-jump"]
+    assert "bear: annotated frames: 1; skipped" in caplog.text
+    assert "dogs-jump" not in caplog.text

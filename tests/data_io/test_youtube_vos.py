@@ -169,3 +169,52 @@ def test_more_objects_than_rows_over_the_whole_video(root):
     )
     with pytest.raises(ValueError, match=message):
         videos.check_videos(listed, max_objects=1)
+
+
+def test_training_files_are_the_annotated_frames(root, caplog):
+    annotations = root / "train" / "Annotations" / "b"
+    (annotations / "00005.png").unlink()
+    save_frame(root / "train" / "JPEGImages" / "b" / "00002.jpg")
+    with caplog.at_level(logging.WARNING):
+        (video,) = youtube_vos.training_files(root)
+    assert "a: annotated frames: 1; skipped" in caplog.text
+    assert (video.name, video.reading) == ("b", "ids")
+    pictures = root / "train" / "JPEGImages" / "b"
+    assert video.frames == tuple(pictures / f"{stem}.jpg" for stem in ("00000", "00010", "00015"))
+    assert video.masks == tuple(annotations / f"{stem}.png" for stem in ("00000", "00010", "00015"))
+
+
+def test_training_files_are_in_the_order_of_their_numbers(root):
+    save_frame(root / "train" / "JPEGImages" / "b" / "100000.jpg")
+    save_mask(root / "train" / "Annotations" / "b" / "100000.png", 2)
+    save_mask(root / "train" / "Annotations" / "b" / "._00000.png", 2)  # as macOS leaves them
+    (video,) = youtube_vos.training_files(root)
+    stems = ["00000", "00005", "00010", "00015", "100000"]
+    assert [path.stem for path in video.frames] == [path.stem for path in video.masks] == stems
+
+
+def test_training_files_of_some_videos_are_sorted(root):
+    save_frame(root / "train" / "JPEGImages" / "a" / "00025.jpg")
+    save_mask(root / "train" / "Annotations" / "a" / "00025.png", 1)
+    assert [video.name for video in youtube_vos.training_files(root)] == ["a", "b"]
+    found = youtube_vos.training_files(root, videos=["b", "a", "b"])
+    assert [video.name for video in found] == ["a", "b"]
+    assert [video.name for video in youtube_vos.training_files(root, videos=["b"])] == ["b"]
+    with pytest.raises(ValueError, match=r"train/meta\.json: no video 'c' among 2"):
+        youtube_vos.training_files(root, videos=["c"])
+
+
+def test_training_files_that_are_missing(root):
+    train = root / "train"
+    (train / "JPEGImages" / "b" / "00010.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"JPEGImages/b/00010\.jpg: no such frame, but it"):
+        youtube_vos.training_files(root)
+    (train / "Annotations" / "a").rename(train / "Annotations" / "other")
+    with pytest.raises(FileNotFoundError, match="Annotations/a: no such folder, but meta.json"):
+        youtube_vos.training_files(root)
+    (train / "Annotations").rename(train / "Masks")
+    with pytest.raises(FileNotFoundError, match="train/Annotations: no such folder"):
+        youtube_vos.training_files(root)
+    (train / "meta.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/meta\.json: no such file; .*: valid"):
+        youtube_vos.training_files(root)

@@ -1,0 +1,200 @@
+"""TFDS builders that copy videos to train on into ArrayRecord, one record per annotated frame.
+
+    builder = DavisFrames(root="DAVIS", config="2017", data_dir="records")
+    builder.download_and_prepare()
+    builder.as_data_source("train")[0]   {"video", "stem", "frame", "mask"}: bytes, all four
+
+Nothing is downloaded, nothing is encoded anew: `frame` and `mask` are the files as they are. The
+split is always called train. `download_and_prepare` compares records that it finds with the files;
+`tfds.data_source("davis_frames/2017", ...)` takes those that it finds without looking at the files.
+To read videos rather than records: `records.RecordVideos`.
+
+Importing this module imports TFDS, which takes 0.6 s; TensorFlow is not needed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from cfbi_jax.data import davis, youtube_vos
+from cfbi_jax.data.videos import TrainingFiles, check_training_files
+
+
+class VideoFrames(tfds.core.GeneratorBasedBuilder):
+    """The records of any videos. The metadata tell which files they were made from.
+
+    Args:
+      files: the videos.
+      options: those of every TFDS builder, such as `data_dir`.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    # TFDS would look beside this file for checksums of downloads; there are none, and looking takes
+    # a package (importlib_resources) that TFDS does not install on our Pythons.
+    code_path = None
+
+    def __init__(self, *, files: Sequence[TrainingFiles], **options):
+        self.files = list(files)
+        super().__init__(**options)
+
+    def download_and_prepare(self, **options) -> None:
+        """Writes the records, or finds them complete. They appear complete or not at all.
+
+        Args:
+          options: those of every TFDS builder.
+
+        Errors: those of `check_training_files`, before anything is written; ValueError if there are
+        records, but of other files: other names, sizes, or order of videos, or another reading. The
+        place of the files does not matter.
+        """
+        contents = describe(self.files)
+        try:
+            super().download_and_prepare(**{"file_format": "array_record", **options})
+        except OSError:
+            # Another process that prepares the same records may be the first to finish.
+            if not self.data_path.exists():
+                raise
+        # What is on disk, whichever process wrote it.
+        self.info.read_from_directory(self.data_path)
+        difference = _first_difference(self.info.metadata["videos"], contents)
+        if difference:
+            raise ValueError(
+                f"{self.data_path}: made from other files than these: {difference}; delete this"
+                " folder to have the records made anew, or choose another place for them"
+            )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # A scalar of object type holds bytes. The Image feature would turn palettes into colours.
+        features = {
+            "video": tfds.features.Text(),
+            "stem": tfds.features.Text(),
+            "frame": tfds.features.Scalar(np.object_),
+            "mask": tfds.features.Scalar(np.object_),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,  # the frames of a video lie one after the other
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Any]:
+        check_training_files(self.files)
+        self.info.metadata["videos"] = describe(self.files)
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        key = 0
+        for video in self.files:
+            for frame, mask in zip(video.frames, video.masks, strict=True):
+                yield (
+                    key,
+                    {
+                        "video": video.name,
+                        "stem": frame.stem,
+                        "frame": frame.read_bytes(),
+                        "mask": mask.read_bytes(),
+                    },
+                )
+                key += 1
+
+
+@dataclasses.dataclass
+class DavisConfig(tfds.core.BuilderConfig):
+    """Which list and which pictures of DAVIS: see `davis.training_files`."""
+
+    year: int = 2017
+    split: str = "train"
+    resolution: str = "480p"
+
+
+class DavisFrames(VideoFrames):
+    """DAVIS 2016 or 2017, from the folder `root` that holds it.
+
+    The configurations 2016 and 2017 are the training lists at 480p; for another list or resolution
+    give a `DavisConfig` of another name.
+    """
+
+    BUILDER_CONFIGS = [
+        DavisConfig(name="2017", description="Several objects; 255 is void.", year=2017),
+        DavisConfig(name="2016", description="One object, any value but 0.", year=2016),
+    ]
+
+    def __init__(self, *, root: Path | str, **options):
+        super().__init__(files=(), **options)  # chooses the configuration
+        config = self.builder_config
+        self.files = davis.training_files(root, config.year, config.split, config.resolution)
+
+
+class YoutubeVosFrames(VideoFrames):
+    """The training videos of YouTube-VOS 2018 or 2019, from the folder `root` that holds them.
+
+    Both are laid out alike: which of the two `root` is, only its owner knows.
+    """
+
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="2019", description="YouTube-VOS 2019, train."),
+        tfds.core.BuilderConfig(name="2018", description="YouTube-VOS 2018, train."),
+    ]
+
+    def __init__(self, *, root: Path | str, **options):
+        super().__init__(files=(), **options)
+        self.files = youtube_vos.training_files(root)
+
+
+def describe(files: Sequence[TrainingFiles], threads: int = 8) -> list[dict[str, Any]]:
+    """What records are known by: per video its name, reading, and the names and sizes of files.
+
+    Made of what JSON can hold, and without the place of the files, which may move.
+    Errors: FileNotFoundError for a missing file.
+    """
+
+    def describe_one(video: TrainingFiles) -> dict[str, Any]:
+        return {
+            "name": video.name,
+            "reading": video.reading,
+            "frames": {path.name: path.stat().st_size for path in video.frames},
+            "masks": {path.name: path.stat().st_size for path in video.masks},
+        }
+
+    # In threads, as data sets often lie on a network file system.
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(describe_one, files))
+
+
+def _first_difference(
+    recorded: Sequence[Mapping[str, Any]], wanted: Sequence[Mapping[str, Any]]
+) -> str:
+    """Says in words where two descriptions first differ, "" if nowhere."""
+    if recorded == wanted:
+        return ""
+    then, now = _by_file(recorded), _by_file(wanted)
+    for file, size in now.items():
+        if file not in then:
+            return f"{file} is not in the records"
+        if then[file] != size:
+            return f"{file} has {size} bytes, in the records {then[file]}"
+    for file in then:
+        if file not in now:
+            return f"{file} is in the records only"
+    readings = {video["name"]: video["reading"] for video in recorded}
+    for video in wanted:
+        if video["reading"] != readings[video["name"]]:
+            was = readings[video["name"]]
+            return f"masks of {video['name']} are read as {video['reading']}, not {was}"
+    return "the same files in another order"
+
+
+def _by_file(videos: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The size of each file, by what an error says of it."""
+    return {
+        f"{kind} {video['name']}/{name}": size
+        for video in videos
+        for kind, sizes in (("frame", video["frames"]), ("mask", video["masks"]))
+        for name, size in sizes.items()
+    }
