@@ -5,22 +5,29 @@ import dataclasses
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.inference.segmenter import Options
 
 
 def default_config() -> ConfigDict:
     config = ConfigDict()
-    # "eval": segment the videos of a data set, score them, pack the submission.
-    config.mode = "eval"
+    # "train"; "eval": segment the videos of a data set, score them, pack the submission;
+    # "train_and_eval": train, evaluate now and then, and at the end evaluate the best weights.
+    config.mode = "train_and_eval"
+    config.seed = 0
+    # Fields of `cfbi_jax.models.cfbi.CFBI` that differ from its defaults. To evaluate, a checkpoint
+    # carries its own.
+    config.model = ConfigDict()
+    # Folder for compiled programs; "" turns it off. "default": ~/.cache/cfbi_jax.
+    config.compilation_cache = "default"
+
+    # ---- Evaluation ----
     # Folder of the weights to evaluate (scripts/convert_weights.py makes one of official weights).
     config.checkpoint = ""
     # Evaluate random weights: to try the machinery, not the network.
     config.untrained = False
-    config.seed = 0
-    # The untrained network: fields of `cfbi_jax.models.cfbi.CFBI` that differ from its defaults.
-    # A checkpoint carries its own.
-    config.model = ConfigDict()
 
+    # The data set to evaluate on.
     config.data = ConfigDict()
     # "davis", "youtube_vos", or "synthetic": videos that are made in the work directory.
     config.data.dataset = "davis"
@@ -46,6 +53,66 @@ def default_config() -> ConfigDict:
     config.overwrite = False
     # Also write a strip of a few frames with their masks for every video.
     config.overlays = False
-    # Folder for compiled programs; "" turns it off. "default": ~/.cache/cfbi_jax.
-    config.compilation_cache = "default"
+
+    # ---- Training: where from, how long (cfbi_jax/training) ----
+    # "": random weights; a checkpoint folder; a backbone's .pth or .npz (`weights.initial`).
+    config.init_from = ""
+    # Clips of a step, over all devices and hosts.
+    config.batch_size = 8
+    config.num_train_steps = 100_000
+    # Videos to train on, by any name; all of them make up an epoch.
+    config.sources = ConfigDict()
+
+    # How clips are drawn: the fields of `cfbi_jax.data.clips.ClipOptions`.
+    config.clips = ConfigDict(dataclasses.asdict(ClipOptions()))
+    # Where copies of the videos are kept as records; "": ~/.cache/cfbi_jax/records.
+    config.records = ""
+    # Processes that make clips (0: none but this one), and threads in each.
+    config.workers = 2
+    config.threads = 2
+
+    # ---- Training: the optimiser and the loss ----
+    config.learning_rate = 0.01
+    config.min_learning_rate = 1e-5
+    config.warmup_steps = 1000
+    config.momentum = 0.9
+    config.weight_decay = 15e-5
+    config.max_gradient_norm = 5.0
+    # From this share of all steps on a frame's previous mask is the network's own; 1.0: never.
+    config.sequential_start = 0.5
+    # At this share of all steps the loss has moved to the hardest pixels alone.
+    config.mining_end = 0.5
+    # Decay of the averaged weights, which are evaluated where they are kept; 0: none.
+    config.ema_decay = 0.0
+    # Cut each device's clips into this many parts, one after the other, to save memory.
+    config.accumulate = 1
+    # Compute again instead of keeping, to save memory: "none", "segment", "all".
+    config.remat = "none"
+
+    # ---- Training: what is kept and shown; 0 means never ----
+    config.checkpoint_every_steps = 1000
+    config.keep_checkpoints = 3
+    config.eval_every_steps = 5000
+    config.log_every_steps = 20
+    config.picture_every_steps = 1000
+    # Write a profile of a few steps from this one on.
+    config.profile_at_step = 0
+    return config
+
+
+def source(**fields) -> ConfigDict:
+    """Videos to train on: one of `config.sources`."""
+    config = ConfigDict()
+    # "davis", "youtube_vos" or "synthetic" (drawn on the fly, other ones in every epoch).
+    config.dataset = "davis"
+    config.root = ""
+    config.year = 2017
+    config.split = "train"
+    config.resolution = "480p"
+    config.sequences = ""
+    # How often every video comes in an epoch.
+    config.weight = 1
+    # Take single pictures and their masks, and move them at random (pre-training).
+    config.static = False
+    config.update(fields)
     return config

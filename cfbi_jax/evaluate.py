@@ -10,15 +10,17 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
+from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
-from cfbi_jax.evaluation.davis import score_davis
+from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
 from cfbi_jax.evaluation.submission import write_zip
-from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
 from cfbi_jax.inference import dataset
 from cfbi_jax.inference.segmenter import Options, VideoSegmenter
 from cfbi_jax.inference.video import check_writable
@@ -47,8 +49,11 @@ class Evaluation:
     overlays: bool
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
-    """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
+def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = None) -> Evaluation:
+    """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones.
+
+    `checkpoint` replaces the one that the configuration names.
+    """
     for folder in (workdir, dataset.results_folder(workdir), workdir / "segmented"):
         check_writable(folder)
     options = Options(**config.inference)
@@ -67,7 +72,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
     )
 
     use_compilation_cache(config.compilation_cache)
-    checkpoint = _weights(config)
+    checkpoint = checkpoint or _weights(config)
     made_by = {
         "weights": digest(checkpoint.variables),
         "model": model_config(checkpoint.model),
@@ -83,8 +88,23 @@ def prepare(config: ConfigDict, workdir: Path) -> Evaluation:
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
 
 
-def run(evaluation: Evaluation) -> None:
-    """Segments what is not finished; whoever finishes the last video scores and packs all."""
+def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
+    """The same evaluation of other weights, in place of the old results; compiles nothing anew."""
+    # As NumPy arrays: those of another sharding would have everything compiled again.
+    variables = jax.tree.map(np.asarray, variables)
+    evaluation.segmenter.variables = jax.device_put(variables)
+    made_by = evaluation.made_by | {"weights": digest(variables)}
+    return dataclasses.replace(evaluation, made_by=made_by, overwrite=True)
+
+
+def run(
+    evaluation: Evaluation, quiet: bool = False
+) -> davis_scores.Scores | youtube_vos_scores.Scores | None:
+    """Segments what is not finished; whoever finishes the last video scores and packs all.
+
+    Returns the scores, where there is truth and this process finished the last video. `quiet`: no
+    table is shown.
+    """
     workdir, videos = evaluation.workdir, evaluation.videos
     done = dataset.segment_videos(
         evaluation.segmenter,
@@ -110,28 +130,35 @@ def run(evaluation: Evaluation) -> None:
     left = dataset.unfinished(videos, workdir)
     if left:
         LOGGER.info("other processes still work on %s; the last one scores", ", ".join(left))
-        return
+        return None
 
     results = dataset.results_folder(workdir)
     names = [video.name for video in videos]
     layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
     write_zip(results, workdir / "submission.zip", layout, names)
     LOGGER.info("wrote %s", workdir / "submission.zip")
-    score(evaluation.data, videos, results, workdir)
+    scores = score(evaluation.data, videos, results, workdir, quiet)
     if evaluation.overlays:
         LOGGER.info("pictures of the masks: %s", workdir / "overlays")
+    return scores
 
 
-def score(data: ConfigDict, videos: list[EvaluationVideo], results: Path, output: Path) -> None:
+def score(
+    data: ConfigDict,
+    videos: list[EvaluationVideo],
+    results: Path,
+    output: Path,
+    quiet: bool = False,
+) -> davis_scores.Scores | youtube_vos_scores.Scores | None:
     """Writes the tables where the data set has truth, and shows them."""
     report.remove_tables(output, data.split)
     if not all(video.truth for video in videos):
         LOGGER.info("%s %s has no public truth here: not scored", data.dataset, data.split)
-        return
+        return None
     names = [video.name for video in videos]
     if data.dataset == "youtube_vos":
-        scores = score_youtube_vos(data.root, results, data.split, names)
-        report.print_youtube_vos(scores)
+        scores = youtube_vos_scores.score_youtube_vos(data.root, results, data.split, names)
+        show = report.print_youtube_vos
         paths = report.write_youtube_vos_tables(scores, output)
     else:
         short = [video.name for video in videos if len(video.frames) < MIN_SCORED_FRAMES]
@@ -139,12 +166,28 @@ def score(data: ConfigDict, videos: list[EvaluationVideo], results: Path, output
             LOGGER.warning("first and last frames are not scored: %s left out", ", ".join(short))
             names = [name for name in names if name not in short]
         if not names:
-            return
-        scores = score_davis(data.root, results, data.year, data.split, data.resolution, names)
-        report.print_davis(scores)
+            return None
+        scores = davis_scores.score_davis(
+            data.root, results, data.year, data.split, data.resolution, names
+        )
+        show = report.print_davis
         paths = report.write_davis_tables(scores, output)
+    if not quiet:
+        show(scores)
     for path in paths:
         LOGGER.info("wrote %s", path)
+    return scores
+
+
+def summary(
+    scores: davis_scores.Scores | youtube_vos_scores.Scores | None,
+) -> dict[str, float]:
+    """The means as one line says them; nothing where there is no truth."""
+    if scores is None:
+        return {}
+    if isinstance(scores, youtube_vos_scores.Scores):
+        return {"J&F": scores.overall}
+    return {"J&F": scores.j_and_f, "J": scores.region.mean, "F": scores.boundary.mean}
 
 
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:

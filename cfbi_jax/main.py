@@ -1,9 +1,11 @@
 """The command. `python -m cfbi_jax.main --config=configs/davis.py --workdir=OUT`"""
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
+import jax
 import rich
 from absl import app, flags
 from absl import logging as absl_logging
@@ -11,22 +13,55 @@ from ml_collections import config_flags
 from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
+from cfbi_jax.training import loop
+from cfbi_jax.training.checkpoints import CheckpointError
+
+LOGGER = logging.getLogger("cfbi_jax.main")
+MODES = ("train", "eval", "train_and_eval")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, configs/*.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for everything that is written.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed",
+    "",
+    "Several hosts, one process each: auto (Slurm, TPU, ...), or HOST:PORT,NUMBER,COUNT with the "
+    "first process' address, this process' number from 0, and how many there are.",
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_) -> None:
     _log_to_screen()
     config = CONFIG.value
-    if config.mode != "eval":
-        sys.exit(f'error: config.mode is "{config.mode}"; expected "eval"')
+    if config.mode not in MODES:
+        sys.exit(f'error: config.mode is "{config.mode}"; expected one of {MODES}')
+    if DISTRIBUTED.value:
+        _join(DISTRIBUTED.value)
+    module = evaluate if config.mode == "eval" else loop
     try:
-        evaluation = evaluate.prepare(config, Path(WORKDIR.value))
+        prepared = module.prepare(config, Path(WORKDIR.value))
     except (ValueError, OSError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")
-    evaluate.run(evaluation)
+    try:
+        module.run(prepared)
+    except loop.Stopped as stopped:
+        LOGGER.warning("%s", stopped)
+        sys.exit(128 + signal.SIGTERM)
+    except (loop.NotFinite, loop.Refused, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _join(address: str) -> None:
+    """Joins the other processes of a run over several hosts."""
+    if address == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        coordinator, number, count = address.split(",")
+        numbers = int(number), int(count)
+    except ValueError:
+        sys.exit(f'error: --distributed is "{address}"; expected auto or HOST:PORT,NUMBER,COUNT')
+    jax.distributed.initialize(coordinator, num_processes=numbers[1], process_id=numbers[0])
 
 
 def _log_to_screen() -> None:

@@ -188,7 +188,7 @@ def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
 
 
 def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):
-    """Maps `[chunk, c] -> [rows, chunk]` over chunks of the queries; `[q, rows]` for each output."""
+    """Maps `[chunk, c] -> [rows, chunk]` over chunks of the queries: `[q, rows]` per output."""
     num_queries, channels = query.shape
     chunk = min(QUERY_CHUNK, num_queries)
     padded = jnp.pad(query, ((0, -num_queries % chunk), (0, 0)))

@@ -9,7 +9,7 @@ norm is frozen), then three frames are segmented one after the other:
 
     reference --+---------------+---------------+
     previous  --+--> current 1 -+--> current 2 -+--> current 3      embeddings
-    mask      --+--> mask 1 ----+--> mask 2 ----+--> mask 3         truth, or prediction (`sequential`)
+    mask      --+--> mask 1 ----+--> mask 2 ----+--> mask 3       truth, or prediction
 
 The batch is spread over the mesh's axis `data`: every device works on its own clips with its own
 copy of the weights, and the sum of the gradients is all that is exchanged.
@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding
 from cfbi_jax.models.images import ImageFormat, prepare
@@ -66,7 +66,10 @@ class StepOptions:
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step. `ema` is None where no average is kept."""
+    """All that changes from step to step. `ema` is None where no average is kept.
+
+    `halted`: a loss or gradient was not finite, and no step changes the state any more.
+    """
 
     step: Int[Array, ""]
     params: Any
@@ -74,6 +77,7 @@ class TrainState(NamedTuple):
     optimizer: Any
     ema: Any
     key: PRNGKeyArray
+    halted: Bool[Array, ""]
 
     @property
     def evaluated(self) -> dict:
@@ -108,6 +112,7 @@ def create_state(
         optimizer=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         key=jax.random.key(seed),
+        halted=jnp.array(False),
     )
 
 
@@ -142,9 +147,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict, UInt8[Array, "b n height width"]]]:
     """Compiles the step; its first argument's memory is reused.
 
-    It returns the new state, the metrics (scalars; `clip_loss [b]`) and the predicted masks. Where
-    the loss or the gradient is not finite the state stays as it was, its step included, so that the
-    run can be stopped and the step looked into when the host next reads the metrics.
+    It returns the new state, the metrics (scalars; `clip_loss [b]`) and the predicted masks. From a
+    step on whose loss or gradient is not finite the state stays as it was before it (`halted`), so
+    that the step can be looked into whenever the host next reads the metrics.
     """
     gradients = jax.shard_map(
         partial(_device_gradients, model, image_format, options),
@@ -175,9 +180,12 @@ def make_train_step(
             optimizer=optimizer,
             ema=ema,
             key=state.key,
+            halted=state.halted,
         )
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
+        good = finite & ~state.halted
+        new_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
+        new_state = new_state._replace(halted=~good)
         metrics |= {"gradient_norm": norm, "finite": finite, "clip_loss": clip_loss}
         return new_state, metrics, prediction
 
@@ -208,9 +216,7 @@ def _device_gradients(model, image_format, options, params, frozen, step, key, b
         zeros = jax.tree.map(jnp.zeros_like, params)
         gradient, outputs = jax.lax.scan(part_gradient, zeros, batch)
         gradient = jax.tree.map(lambda x: x / parts, gradient)
-    losses, counts, prediction = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), outputs
-    )
+    losses, counts, prediction = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     gradient, loss, iou_sum, objects = jax.lax.pmean(
         (gradient, jnp.mean(losses), jnp.sum(counts[:, 0]), jnp.sum(counts[:, 1])), "data"
     )

@@ -39,7 +39,7 @@ def save_checkpoint(
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
-    _check_shapes(variables, model, path)
+    check_shapes(variables, model, path)
     config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
     with _checkpointer() as checkpointer:
         items = ocp.args.Composite(
@@ -77,7 +77,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         model = build_model(restored["config"]["model"])
         image_format = _image_format(restored["config"]["image_format"])
         stored = checkpointer.metadata(path).item_metadata["variables"]
-        _check_shapes(stored.tree, model, path)
+        check_shapes(stored.tree, model, path)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -125,7 +125,7 @@ def _image_format(config: Mapping) -> ImageFormat:
     return ImageFormat(config["channel_order"], tuple(config["mean"]), tuple(config["std"]))
 
 
-def _check_shapes(variables, model: CFBI, path: Path) -> None:
+def check_shapes(variables, model: CFBI, path: Path) -> None:
     def shapes(tree):
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in flat}

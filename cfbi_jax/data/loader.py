@@ -1,0 +1,142 @@
+"""An endless, reproducible stream of batches of clips, made by worker processes (Grain).
+
+    clips = Clips([(davis_videos, 30), (youtube_videos, 1)], ClipOptions(), seed=0)
+    clips[123]                                      # any clip alone, always the same
+    with batches(clips, batch_size=8, start=1000, stop=50_000) as stream:
+        for batch in stream: ...                    # from step 1000 on
+
+A clip is determined by the seed and its number, so the position of the stream is the step alone:
+nothing else has to be saved, and neither the number of workers nor that of hosts changes a clip.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from cfbi_jax.data.clips import Clip, ClipOptions, ClipSource, sample_clip
+
+OBJECT_TRIES = 64  # clips looked at before saying that none of them shows an object
+
+
+class ClipBatch(TypedDict):
+    """b clips of n frames, as NumPy arrays; see `clips.Clip`. `index` are the clips' numbers."""
+
+    frames: UInt8[np.ndarray, "b n crop crop 3"]
+    labels: UInt8[np.ndarray, "b n crop crop"]
+    num_objects: Int[np.ndarray, " b"]
+    index: Int[np.ndarray, " b"]
+
+
+class Clips:
+    """All clips of a run, by number. An epoch is every video of every source, `weight` times.
+
+    Args:
+      sources: (source, weight): how often each of its videos comes in an epoch.
+      options: how clips are drawn.
+      seed: of every random choice.
+
+    Errors: ValueError for no videos at all, or a weight below 1.
+    """
+
+    def __init__(self, sources: Sequence[tuple[ClipSource, int]], options: ClipOptions, seed: int):
+        for _, weight in sources:
+            if weight < 1:
+                raise ValueError(f"a source has weight {weight}; expected 1 or more")
+        self.sources = [source for source, _ in sources]
+        self.options = options
+        self.seed = seed
+        self._ends = np.cumsum([len(source) * weight for source, weight in sources])
+        if not len(self._ends) or not self._ends[-1]:
+            raise ValueError("no videos to train on; expected a source with one at least")
+
+    @property
+    def epoch_length(self) -> int:
+        """Clips in an epoch."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Clip:
+        """Clip `index`, 0 or more. Errors: those of its source's files."""
+        epoch, position = divmod(int(index), self.epoch_length)
+        item = int(_permutation(self.seed, epoch, self.epoch_length)[position])
+        number = int(np.searchsorted(self._ends, item, side="right"))
+        start = int(self._ends[number - 1]) if number else 0
+        source = self.sources[number]
+        rng = np.random.default_rng((self.seed, index))
+        return sample_clip(source.video((item - start) % len(source), rng), rng, self.options)
+
+    def check_objects(self) -> None:
+        """Raises ValueError if none of the first clips shows an object."""
+        tried = min(OBJECT_TRIES, 4 * self.epoch_length)
+        if not any(self[index].num_objects for index in range(tried)):
+            raise ValueError(
+                f"none of the first {tried} clips shows an object of more than "
+                f"{self.options.min_object_pixels} pixels in a reference of more than "
+                f"{self.options.min_reference_pixels}; expected masks with objects"
+            )
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int) -> Int[np.ndarray, " length"]:
+    # The third number keeps this apart from the generators of single clips.
+    return np.random.default_rng((seed, epoch, 1)).permutation(length)
+
+
+@contextmanager
+def batches(
+    clips: Clips,
+    batch_size: int,
+    start: int,
+    stop: int,
+    *,
+    workers: int = 0,
+    threads: int = 2,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[Iterator[ClipBatch]]:
+    """The batches of steps `start` (from 0) to `stop`, exclusive, made ahead of their use.
+
+    Args:
+      batch_size: over all hosts.
+      workers: processes that make batches; 0: threads of this process do.
+      threads: in each process.
+      shard: (number of this host, number of hosts): every host gets `batch_size / hosts` of a
+        batch's clips, another part each.
+
+    Errors: those of `Clips`, raised where the batch would come.
+    """
+    import grain  # takes a second to import
+
+    host, hosts = shard
+    if batch_size % hosts:
+        raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {hosts} hosts")
+    dataset = grain.MapDataset.range(start * batch_size, stop * batch_size)
+    dataset = dataset[host::hosts].map(_Read(clips)).batch(batch_size // hosts)
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size // hosts)
+    stream = dataset.to_iter_dataset(reading)
+    if workers:
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    iterator = iter(stream)
+    try:
+        yield iterator
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
+
+
+class _Read:
+    """Number -> clip as a dictionary of arrays. A class, as worker processes receive it pickled."""
+
+    def __init__(self, clips: Clips):
+        self.clips = clips
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        clip = self.clips[index]
+        return {
+            "frames": clip.frames,
+            "labels": clip.labels,
+            "num_objects": np.int32(clip.num_objects),
+            "index": np.int32(index),
+        }

@@ -1,0 +1,56 @@
+"""From the configuration's `sources` to videos that clips are drawn from."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cfbi_jax.data import davis, youtube_vos
+from cfbi_jax.data.clips import ClipSource
+from cfbi_jax.data.records import RecordVideos, prepare
+from cfbi_jax.data.static_images import StaticClips
+from cfbi_jax.data.synthetic import SyntheticVideos
+from cfbi_jax.data.videos import split_names
+
+DATASETS = ("davis", "youtube_vos", "synthetic")
+
+
+def clip_source(source: Mapping[str, Any], records: str, max_objects: int, seed: int) -> ClipSource:
+    """The videos of one of `config.sources`; those on disk are copied to records first.
+
+    Args:
+      source: the fields that `config.source` describes.
+      records: folder of the records; "": `~/.cache/cfbi_jax/records` (or below XDG_CACHE_HOME).
+      max_objects, seed: of synthetic videos.
+
+    Errors: ValueError for an unknown data set, and those of `training_files` and `prepare`.
+    """
+    dataset, root = source["dataset"], source["root"]
+    if dataset not in DATASETS:
+        raise ValueError(f'a source\'s dataset is "{dataset}"; expected one of {DATASETS}')
+    if dataset == "synthetic":
+        videos = SyntheticVideos(seed, max_objects=max_objects)
+    else:
+        if not root:
+            raise ValueError(f"the root of the {dataset} source is empty; expected a folder")
+        names = split_names(source["sequences"]) or None
+        if dataset == "davis":
+            about = f"davis_{source['year']}_{source['split']}_{source['resolution']}"
+            files = davis.training_files(
+                root, source["year"], source["split"], source["resolution"], names
+            )
+        else:
+            about = f"youtube_vos_{source['split']}"
+            files = youtube_vos.training_files(root, source["split"], names)
+        # Another folder or another choice of videos has records of its own.
+        place = hashlib.blake2b(f"{Path(root).resolve()} {names}".encode(), digest_size=4)
+        videos = RecordVideos(
+            prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
+        )
+    return StaticClips(videos) if source["static"] else videos
+
+
+def _default_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "cfbi_jax" / "records"

@@ -1,0 +1,275 @@
+"""Checkpoints of a run: everything that its next step depends on, and the best weights so far.
+
+OUT/checkpoints/<step>/variables/   the weights to evaluate (the average, where one is kept)
+                       config/      JSON: model, image format, the run's whole configuration
+                       training/    step, optimiser state, random key (raw weights, with an average)
+OUT/best/                           variables/ and config/ of the best evaluation so far
+
+Both kinds of folder are what `weights.checkpoint.load_checkpoint` reads. The position in the data
+is the step. Folders appear complete or not at all.
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cfbi_jax.models.cfbi import CFBI, model_config
+from cfbi_jax.models.images import ImageFormat
+from cfbi_jax.training.step import TrainState
+from cfbi_jax.weights.checkpoint import save_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+class Checkpoints:
+    """The last few checkpoints of the run in `workdir`, written in the background.
+
+    Args:
+      keep: how many are kept.
+      model, image_format, config: stored with every checkpoint; `config` are JSON values.
+      mesh: where restored arrays go, a copy on every device.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        keep: int,
+        model: CFBI,
+        image_format: ImageFormat,
+        config: Mapping[str, Any],
+        mesh: Mesh,
+    ):
+        self.folder = workdir.absolute() / "checkpoints"
+        self._keep = keep
+        self._config = {
+            "model": model_config(model),
+            "image_format": dataclasses.asdict(image_format),
+            "run": dict(config),
+        }
+        self._replicated = NamedSharding(mesh, P())
+        self._manager = self._open()
+
+    def _open(self):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import LatestN
+
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(n=self._keep), enable_async_checkpointing=True
+            ),
+            item_handlers={
+                "variables": ocp.StandardCheckpointHandler(),
+                "training": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Starts to write `state`; returns as soon as its arrays are copied to the host.
+
+        Raises CheckpointError if this or the previous one could not be written.
+        """
+        import orbax.checkpoint as ocp
+
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        variables, training = _items(state)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardSave(variables),
+                    training=ocp.args.StandardSave(training),
+                    config=ocp.args.JsonSave(self._config),
+                ),
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def check_room(self, state: TrainState) -> None:
+        """Raises CheckpointError where the disk has no room for two more checkpoints."""
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
+        free = shutil.disk_usage(self.folder).free
+        if free < 2 * size:
+            raise CheckpointError(
+                f"{self.folder}: {free >> 20} MiB free; expected {2 * size >> 20} MiB, room for "
+                f"two checkpoints of {size >> 20} MiB"
+            )
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether a process of a distributed run got SIGTERM; the same in all of them."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Until all is written. Raises CheckpointError where it could not be."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        whole = max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
+        left = "no checkpoint is whole" if whole is None else f"the one of step {whole} is whole"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        free = shutil.disk_usage(self.folder).free >> 20
+        return CheckpointError(
+            f"{self.folder}: a checkpoint could not be written ({reason}; {free} MiB free); {left}"
+        )
+
+    def restore(self, state: TrainState) -> TrainState:
+        """The newest checkpoint that can be read, in the form of `state`; `state` if there is none.
+
+        One that cannot be read is reported and moved to OUT/damaged.
+        """
+        import orbax.checkpoint as ocp
+
+        variables, training = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._replicated),
+            _items(state),
+        )
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                items = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        variables=ocp.args.StandardRestore(variables),
+                        training=ocp.args.StandardRestore(training),
+                    ),
+                )
+                restored = _state(items["variables"], items["training"], state)
+            except Exception as error:  # Orbax and TensorStore raise all kinds
+                self._set_aside(step, error)
+                continue
+            return restored
+        if steps:
+            raise ValueError(f"{self.folder}: none of the checkpoints {steps} can be read")
+        return state
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        target = self.folder.parent / "damaged" / str(step)
+        LOGGER.warning(
+            "checkpoint %d is damaged (%s): moved to %s; using the one before", step, reason, target
+        )
+        if jax.process_index() == 0:
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _items(state: TrainState) -> tuple[dict, dict]:
+    """What is stored of a state: (variables, training)."""
+    training = {
+        "step": state.step,
+        "key": jax.random.key_data(state.key),
+        "optimizer": dict(enumerate_leaves(state.optimizer)),
+    }
+    if state.ema is not None:
+        training["params"] = state.params
+    return state.evaluated, training
+
+
+def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with names that say where they are, as optimiser states nest tuples of all kinds."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+
+
+def _state(variables: Mapping, training: Mapping, like: TrainState) -> TrainState:
+    leaves = [training["optimizer"][name] for name, _ in enumerate_leaves(like.optimizer)]
+    averaged = like.ema is not None
+    return TrainState(
+        step=training["step"],
+        params=training["params"] if averaged else variables["params"],
+        frozen=variables["frozen"],
+        optimizer=jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves),
+        ema=variables["params"] if averaged else None,
+        key=jax.random.wrap_key_data(training["key"]),
+        halted=jnp.zeros_like(like.halted),
+    )
+
+
+def save_best(workdir: Path, model: CFBI, state: TrainState, image_format: ImageFormat) -> Path:
+    """Replaces OUT/best by the weights of `state`. The old one is there until the new one is."""
+    best, new, old = (workdir / name for name in ("best", "best.new", "best.old"))
+    shutil.rmtree(new, ignore_errors=True)
+    save_checkpoint(new, model, jax.tree.map(np.asarray, state.evaluated), image_format)
+    if best.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        best.rename(old)
+    new.rename(best)
+    shutil.rmtree(old, ignore_errors=True)
+    return best
+
+
+def mend_best(workdir: Path) -> None:
+    """Finishes a replacement that was interrupted between its two renamings."""
+    best, old = workdir / "best", workdir / "best.old"
+    if old.exists() and not best.exists():
+        old.rename(best)
+
+
+# What may change when a run goes on: where things are, how they are computed, what is reported.
+FREE_FIELDS = (
+    "mode",
+    "checkpoint",
+    "untrained",
+    "overwrite",
+    "overlays",
+    "compilation_cache",
+    "accumulate",
+    "remat",
+    "workers",
+    "threads",
+    "records",
+    "keep_checkpoints",
+    "profile_at_step",
+    "init_from",
+)
+FREE_SUFFIXES = ("_every_steps", ".root")
+FREE_PREFIXES = ("data.", "inference.")
+
+
+def contradictions(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """ "field: A there, B now" for every field of a run that must not change when it goes on."""
+    stored, now = flatten(stored), flatten(now)
+    return [
+        f"{field}: {stored.get(field)!r} in the checkpoint, {now.get(field)!r} now"
+        for field in sorted(set(stored) | set(now))
+        if stored.get(field) != now.get(field)
+        and field not in FREE_FIELDS
+        and not field.endswith(FREE_SUFFIXES)
+        and not field.startswith(FREE_PREFIXES)
+    ]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"clips.crop_size": 465, ...}, as JSON would give the values back."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

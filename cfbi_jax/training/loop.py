@@ -1,0 +1,515 @@
+"""The run: reads the configuration, checks everything, trains, evaluates, keeps what matters.
+
+OUT/config.json            the run's configuration
+OUT/metrics.jsonl          a line per logged step: step, loss, iou, learning_rate, ...
+OUT/evaluations.jsonl      a line per evaluation: step, J&F, J, F
+OUT/tensorboard/           the same, and pictures
+OUT/pictures/              strips of reference, previous, prediction, truth
+OUT/checkpoints/  OUT/best/    `training.checkpoints`
+OUT/evaluation/            masks and tables of the last evaluation on the way
+
+The same command goes on where the run stopped, and ends as if it had never stopped: clips, dropout
+and rates depend on the step alone.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import queue
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from cfbi_jax import evaluate
+from cfbi_jax.compilation import use_compilation_cache
+from cfbi_jax.data import loader
+from cfbi_jax.data.clips import ClipOptions
+from cfbi_jax.data.image_files import write_file
+from cfbi_jax.data.loader import ClipBatch, Clips
+from cfbi_jax.data.sources import clip_source
+from cfbi_jax.inference.video import check_writable
+from cfbi_jax.models.cfbi import build_model
+from cfbi_jax.training import checkpoints, metric_writers, pictures, schedule
+from cfbi_jax.training.checkpoints import Checkpoints
+from cfbi_jax.training.diagnosis import NotFinite, explain
+from cfbi_jax.training.step import (
+    FIRST_CURRENT,
+    Batch,
+    StepOptions,
+    TrainState,
+    create_state,
+    make_train_step,
+    pack_rows,
+)
+from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
+from cfbi_jax.weights.initial import initial_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+PROFILED_STEPS = 3
+AHEAD = 2  # batches that wait on the devices
+
+
+class Stopped(Exception):
+    """SIGTERM came; all is saved."""
+
+
+class Refused(OSError):
+    """The run cannot begin in this folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that was read and checked before the work begins."""
+
+    config: ConfigDict
+    workdir: Path
+    clips: Clips
+    start: Checkpoint
+    options: StepOptions
+    mesh: Mesh
+    evaluation: evaluate.Evaluation | None
+
+
+# ------------------------------------------------------------------------------- before the run
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Training:
+    """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
+    _check_numbers(config)
+    check_writable(workdir)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    parts = mesh.size * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}; expected a multiple of {parts} "
+            f"({mesh.size} devices x config.accumulate = {config.accumulate})"
+        )
+    options = StepOptions(
+        max_objects=config.clips.max_objects,
+        sequential_step=_share(config, "sequential_start"),
+        mining_step=_share(config, "mining_end"),
+        accumulate=config.accumulate,
+        remat=config.remat,
+        ema_decay=config.ema_decay,
+    )
+    clip_options = ClipOptions(**config.clips)
+    model = build_model(config.model)
+    _check_unchanged(config, workdir)
+
+    use_compilation_cache(config.compilation_cache)
+    if not config.sources:
+        raise ValueError("config.sources is empty; expected a source of videos to train on")
+    sources = [
+        (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
+        for source in config.sources.values()
+    ]
+    clips = Clips(sources, clip_options, config.seed)
+    clips.check_objects()
+    LOGGER.info(
+        "%d videos to train on, %d clips an epoch, %d epochs",
+        sum(len(source) for source, _ in sources),
+        clips.epoch_length,
+        -(-config.batch_size * config.num_train_steps // clips.epoch_length),
+    )
+    start = initial_checkpoint(model, config.init_from, config.seed)
+    evaluation = None
+    if config.mode == "train_and_eval":
+        evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
+    return Training(config, workdir, clips, start, options, mesh, evaluation)
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
+    for name in ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "workers"):
+        if config[name] < 0:
+            raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
+    for name in ("sequential_start", "mining_end"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
+
+
+def _share(config: ConfigDict, name: str) -> int:
+    return round(config[name] * config.num_train_steps)
+
+
+def _quick(config: ConfigDict) -> ConfigDict:
+    """The evaluation on the way: its results are replaced by those of the next one."""
+    quick = config.copy_and_resolve_references()
+    quick.overwrite, quick.overlays = True, False
+    return quick
+
+
+def _check_unchanged(config: ConfigDict, workdir: Path) -> None:
+    """Raises ValueError if the run in `workdir` was started with another configuration."""
+    path = workdir / "config.json"
+    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
+        return
+    different = checkpoints.contradictions(json.loads(path.read_text()), _plain(config))
+    if different:
+        listing = "\n  ".join(different)
+        raise ValueError(
+            f"{workdir}: the run there was started with another configuration:\n  {listing}\n"
+            "go on with the same values, or choose another --workdir"
+        )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def run(training: Training) -> None:
+    """Trains from the newest checkpoint, or from the start, to the end; evaluates the best weights.
+
+    Raises Stopped after SIGTERM, NotFinite for a loss or gradient that is no number,
+    CheckpointError where a checkpoint cannot be written, Refused where another run is at work in
+    the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hold(training.workdir))
+        _train(training, stack)
+    _evaluate_best(training)
+
+
+def _train(training: Training, stack: contextlib.ExitStack) -> None:
+    config, workdir, mesh = training.config, training.workdir, training.mesh
+    model, image_format = training.start.model, training.start.image_format
+    primary = jax.process_index() == 0
+    last_step = config.num_train_steps
+
+    # ---- State: of the newest checkpoint, or new ----
+    rate = schedule.learning_rate(
+        config.learning_rate, last_step, config.warmup_steps, config.min_learning_rate
+    )
+    tx = schedule.optimizer(rate, config.weight_decay, config.momentum, config.max_gradient_norm)
+    state = create_state(training.start.variables, tx, config.seed, config.ema_decay > 0)
+    plain = _plain(config)
+    store = Checkpoints(workdir, config.keep_checkpoints, model, image_format, plain, mesh)
+    stack.callback(store.close)
+    store.check_room(state)
+    state = jax.device_put(store.restore(state), NamedSharding(mesh, P()))
+    first_step = int(state.step)
+    if first_step:
+        LOGGER.info("going on from step %d of %d", first_step, last_step)
+    if primary:
+        write_file(workdir / "config.json", json.dumps(plain, indent=1).encode())
+        overview = parameter_overview.get_parameter_overview(state.params)
+        write_file(workdir / "parameters.txt", overview.encode())
+        count = parameter_overview.count_parameters(state.params)
+        LOGGER.info("%s parameters: %s", f"{count:,.0f}", workdir / "parameters.txt")
+    if first_step == last_step:
+        LOGGER.info("all %d steps are done", last_step)
+
+    # ---- Reports ----
+    _, periodic_actions = metric_writers.import_clu()
+    progress = periodic_actions.ReportProgress(num_train_steps=last_step, every_secs=60)
+    reports = _Reports(workdir, first_step) if primary else None
+    if reports:
+        stack.callback(reports.close)
+    scores = _Scores(training, first_step)
+
+    # ---- Data: the position is the step ----
+    stopping = stack.enter_context(_sigterm(store))
+    stream = loader.batches(
+        training.clips,
+        config.batch_size,
+        first_step,
+        last_step,
+        workers=config.workers,
+        threads=config.threads,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+    batches = stack.enter_context(_on_devices(stack.enter_context(stream), training))
+    train_step = make_train_step(model, image_format, tx, training.options, mesh)
+
+    # ---- Steps ----
+    if scores.due(first_step):  # the run was killed during this evaluation
+        scores.evaluate(state, first_step)
+    waited, steps, since = 0.0, 0, time.perf_counter()
+    for step in range(first_step + 1, last_step + 1):
+        asked = time.perf_counter()
+        clip_batch, batch = next(batches)
+        waited += time.perf_counter() - asked
+        steps += 1
+        _profile(workdir, step - config.profile_at_step if config.profile_at_step else -1, state)
+        state, metrics, prediction = train_step(state, batch)
+        progress(step)
+        if step == first_step + 1:
+            jax.block_until_ready(metrics)
+            LOGGER.info("first step, with compilation: %.0f s", time.perf_counter() - since)
+            waited, steps, since = 0.0, 0, time.perf_counter()
+
+        if _every(step, config.log_every_steps) or step == last_step:
+            logged = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
+            _check_finite(training, state)
+            if reports:
+                logged |= {"learning_rate": rate(step - 1), "rows": batch.packing.row.size}
+                if steps:  # the first step compiles
+                    seconds = (time.perf_counter() - since) / steps
+                    logged |= {"clips_per_second": config.batch_size / seconds}
+                    logged |= {"data_wait": waited / steps}
+                reports.log(step, logged | _memory())
+            waited, steps, since = 0.0, 0, time.perf_counter()
+        if reports and _every(step, config.picture_every_steps):
+            reports.picture(step, clip_batch, prediction)
+        if _every(step, config.checkpoint_every_steps) or step == last_step or scores.due(step):
+            _check_finite(training, state)
+            store.save(state)
+        if scores.due(step):
+            store.wait()  # an evaluation takes long: what comes before it is safe
+            scores.evaluate(state, step)
+            since = time.perf_counter()
+        if stopping(step) and step < last_step:
+            _check_finite(training, state)
+            store.save(state)
+            store.wait()
+            raise Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+    store.wait()
+
+
+def _every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _check_finite(training: Training, state: TrainState) -> None:
+    if bool(state.halted):
+        raise NotFinite(explain(training.start, training.clips, state, training.config.batch_size))
+
+
+def _evaluate_best(training: Training) -> None:
+    """Masks, tables and submission of the best weights, in the work directory itself."""
+    if training.evaluation is None or jax.process_index():
+        return
+    best = training.workdir / "best"
+    LOGGER.info("evaluation of %s", best)
+    evaluation = evaluate.with_weights(training.evaluation, load_checkpoint(best).variables)
+    config = training.config
+    evaluate.run(
+        dataclasses.replace(
+            evaluation,
+            workdir=training.workdir,
+            overwrite=config.overwrite,
+            overlays=config.overlays,
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+@contextlib.contextmanager
+def _hold(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises Refused where one is at work in it."""
+    if jax.process_index():
+        yield
+        return
+    with open(workdir / "train.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise Refused(f"{workdir}: in use by another run ({file.read().strip()})") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _sigterm(store: Checkpoints) -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether to save and stop."""
+    if jax.process_count() > 1:  # JAX catches the signal, and all processes agree on a step
+        yield store.reached_preemption
+        return
+    received = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield lambda step: received.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _on_devices(
+    stream: Iterator[ClipBatch], training: Training
+) -> Iterator[Iterator[tuple[ClipBatch, Batch]]]:
+    """A thread moves batches to the devices ahead of their use."""
+    ready: queue.Queue = queue.Queue(AHEAD)
+    stop = threading.Event()
+
+    def put(item) -> bool:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for clips in stream:
+                if not put((clips, device_batch(clips, training.options, training.mesh))):
+                    return
+            put(StopIteration("the stream of clips ended"))
+        except BaseException as error:  # raised where the batch is asked for
+            put(error)
+
+    def take() -> Iterator[tuple[ClipBatch, Batch]]:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, name="batches", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def device_batch(clips: ClipBatch, options: StepOptions, mesh: Mesh) -> Batch:
+    """This host's clips as its part of the batch that is spread over the mesh."""
+    several = jax.process_count() > 1
+    parts = len(mesh.local_devices) * options.accumulate
+    # Hosts cannot know how many rows the others need, and all need the same shapes.
+    packing = pack_rows(clips["num_objects"], parts, options.max_objects, full=several)
+    local = Batch(**clips, packing=packing)
+    sharding = NamedSharding(mesh, P("data"))
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), local)
+
+
+def _profile(workdir: Path, position: int, state: TrainState) -> None:
+    """Writes a profile (XProf, Perfetto) of steps 0, 1, 2 after `config.profile_at_step`."""
+    if position == 0:
+        jax.block_until_ready(state.step)
+        jax.profiler.start_trace(workdir / "profile")
+    elif position == PROFILED_STEPS:
+        jax.block_until_ready(state.step)
+        jax.profiler.stop_trace()
+        LOGGER.info("wrote a profile of %d steps to %s", PROFILED_STEPS, workdir / "profile")
+
+
+def _memory() -> dict[str, float]:
+    """Peak memory so far in MiB: of the first device, where it tells, and of this process."""
+    memory = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        memory["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
+    return memory
+
+
+class _Reports:
+    """What a person follows the run with."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._writer = metric_writers.create_writer(workdir, first_step + 1)
+        self._folder = workdir / "pictures"
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
+        metrics.pop("finite")
+        self._writer.write_scalars(step, metrics)
+        speed = ""
+        if "data_wait" in metrics:
+            wait = 1000 * metrics["data_wait"]
+            speed = f", {metrics['clips_per_second']:.2f} clips/s, {wait:.0f} ms waiting for data"
+        LOGGER.info("step %d: loss %.4f, IoU %.3f%s", step, metrics["loss"], metrics["iou"], speed)
+
+    def picture(self, step: int, clips: ClipBatch, prediction: jax.Array) -> None:
+        """The first clip's current frames: reference, previous, prediction, truth."""
+        predicted = np.asarray(prediction.addressable_shards[0].data)[0]
+        frames, labels = clips["frames"][0], clips["labels"][0]
+        strips = [
+            pictures.strip(
+                *(frames[0], labels[0]),
+                *(frames[t - 1], labels[t - 1]),
+                *(frames[t], predicted[t - FIRST_CURRENT], labels[t]),
+            )
+            for t in range(FIRST_CURRENT, len(frames))
+        ]
+        pictures.write_strips(self._folder / f"{step:07d}.png", strips)
+        self._writer.write_images(step, {"clip": pictures.stack(strips)[None]})
+
+    def close(self) -> None:
+        self._writer.flush()
+        self._writer.close()
+
+
+class _Scores:
+    """Evaluations on the way: which are due, their results, the best weights so far."""
+
+    def __init__(self, training: Training, first_step: int):
+        self._training = training
+        self._done: dict[int, float] = {}
+        if training.evaluation is None:
+            return
+        checkpoints.mend_best(training.workdir)
+        path = training.workdir / metric_writers.EVALUATIONS_FILE
+        if jax.process_index() == 0:
+            self._lines = metric_writers.JsonLinesWriter(path)
+            self._lines.truncate_after(first_step)
+        if path.exists():
+            self._done = {line["step"]: line["J&F"] for line in metric_writers.read_metrics(path)}
+
+    def due(self, step: int) -> bool:
+        config = self._training.config
+        wanted = _every(step, config.eval_every_steps) or step == config.num_train_steps
+        return (
+            self._training.evaluation is not None and wanted and step not in self._done and step > 0
+        )
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Scores the weights to evaluate, and keeps them in OUT/best if none were better."""
+        training = self._training
+        j_and_f, entry = 0.0, {}
+        if jax.process_index() == 0:
+            LOGGER.info("evaluation at step %d", step)
+            variables = jax.tree.map(np.asarray, state.evaluated)
+            evaluation = evaluate.with_weights(training.evaluation, variables)
+            entry = evaluate.summary(evaluate.run(evaluation, quiet=True))
+            # Without public truth the newest weights count as the best.
+            j_and_f = entry.get("J&F", float(step))
+        j_and_f = _from_primary(j_and_f)
+        if j_and_f >= max(self._done.values(), default=j_and_f):
+            checkpoints.save_best(
+                training.workdir, training.start.model, state, training.start.image_format
+            )
+        self._done[step] = j_and_f
+        if jax.process_index() == 0:
+            self._lines.write_scalars(step, {"J&F": j_and_f} | entry)
+            best = max(self._done, key=self._done.get)
+            LOGGER.info(
+                "step %d: J&F %.4f; best %.4f at step %d", step, j_and_f, self._done[best], best
+            )
+
+
+def _from_primary(value: float) -> float:
+    """The first process' value, in all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
