@@ -7,6 +7,7 @@ from ml_collections.config_dict import placeholder
 
 from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.inference.segmenter import Options
+from cfbi_jax.models.cfbi import CFBI, model_config
 
 
 def default_config() -> ConfigDict:
@@ -15,9 +16,11 @@ def default_config() -> ConfigDict:
     # "train_and_eval": train, evaluate now and then, and at the end evaluate the best weights.
     config.mode = "train_and_eval"
     config.seed = 0
-    # Fields of `cfbi_jax.models.cfbi.CFBI` that differ from its defaults. To evaluate, a checkpoint
-    # carries its own.
-    config.model = ConfigDict()
+    # The network: the fields of `cfbi_jax.models.cfbi.CFBI`. A checkpoint to evaluate carries its
+    # own.
+    config.model = ConfigDict(
+        {k: tuple(v) if isinstance(v, list) else v for k, v in model_config(CFBI()).items()}
+    )
     # Folder for compiled programs; "" turns it off. "default": ~/.cache/cfbi_jax.
     config.compilation_cache = "default"
 
@@ -109,7 +112,9 @@ def source(**fields) -> ConfigDict:
     config.year = 2017
     config.split = "train"
     config.resolution = "480p"
+    # Only these, or all but these, with commas: "bear,dog".
     config.sequences = ""
+    config.exclude = ""
     # How often every video comes in an epoch.
     config.weight = 1
     # Take single pictures and their masks, and move them at random (pre-training).

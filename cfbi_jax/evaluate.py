@@ -30,7 +30,7 @@ from cfbi_jax.weights.checkpoint import Checkpoint, digest, load_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
-SYNTHETIC_SEEDS = (0, 1)
+SYNTHETIC_SEEDS = tuple(range(8))
 DATASETS = ("davis", "youtube_vos", "synthetic")
 MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
 BOUNDS = ("max_references", "max_objects")  # options that no result depends on
@@ -210,5 +210,5 @@ def _weights(config: ConfigDict) -> Checkpoint:
             "with random weights)"
         )
     LOGGER.warning("UNTRAINED network: random weights, so the masks and scores mean nothing")
-    model = build_model(config.model)
+    model = build_model(config.model.to_dict())
     return Checkpoint(model, initial_variables(model, config.seed), IMAGENET_FORMAT)

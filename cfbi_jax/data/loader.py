@@ -9,8 +9,8 @@ A clip is determined by the seed and its number, so the position of the stream i
 nothing else has to be saved, and neither the number of workers nor that of hosts changes a clip.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import TypedDict
 
@@ -114,16 +114,27 @@ def batches(
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {hosts} hosts")
     dataset = grain.MapDataset.range(start * batch_size, stop * batch_size)
     dataset = dataset[host::hosts].map(_Read(clips)).batch(batch_size // hosts)
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * batch_size // hosts)
+    # Counted in batches: each of them is made by one thread.
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     stream = dataset.to_iter_dataset(reading)
     if workers:
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    with closing(_copies(stream)) as iterator:
+        yield iterator
+
+
+def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
+    """The batches out of the workers' shared memory, which Python does not free at its exit."""
     iterator = iter(stream)
     try:
-        yield iterator
+        # No variable here holds a batch, so that its memory is free long before the exit.
+        yield from map(_copy, iterator)
     finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
+        iterator.close()
+
+
+def _copy(batch: ClipBatch) -> ClipBatch:
+    return {name: np.array(array) for name, array in batch.items()}
 
 
 class _Read:

@@ -2,21 +2,21 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.clips import ClipSource
 from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
 from cfbi_jax.data.synthetic import SyntheticVideos
-from cfbi_jax.data.videos import split_names
+from cfbi_jax.data.videos import check_names, split_names
 
 DATASETS = ("davis", "youtube_vos", "synthetic")
 
 
-def clip_source(source: Mapping[str, Any], records: str, max_objects: int, seed: int) -> ClipSource:
+def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -> ClipSource:
     """The videos of one of `config.sources`; those on disk are copied to records first.
 
     Args:
@@ -35,20 +35,27 @@ def clip_source(source: Mapping[str, Any], records: str, max_objects: int, seed:
         if not root:
             raise ValueError(f"the root of the {dataset} source is empty; expected a folder")
         names = split_names(source["sequences"]) or None
+        split, year = source["split"], source["year"]
         if dataset == "davis":
-            about = f"davis_{source['year']}_{source['split']}_{source['resolution']}"
-            files = davis.training_files(
-                root, source["year"], source["split"], source["resolution"], names
-            )
+            about = f"davis_{year}_{split}_{source['resolution']}"
+            names = _without(source, names or davis.sequence_names(root, year, split))
+            files = davis.training_files(root, year, split, source["resolution"], names)
         else:
-            about = f"youtube_vos_{source['split']}"
-            files = youtube_vos.training_files(root, source["split"], names)
+            about = f"youtube_vos_{split}"
+            names = _without(source, names or list(youtube_vos.read_meta(root, split)))
+            files = youtube_vos.training_files(root, split, names)
         # Another folder or another choice of videos has records of its own.
         place = hashlib.blake2b(f"{Path(root).resolve()} {names}".encode(), digest_size=4)
         videos = RecordVideos(
             prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
         )
     return StaticClips(videos) if source["static"] else videos
+
+
+def _without(source: ConfigDict, names: list[str]) -> list[str]:
+    excluded = split_names(source["exclude"])
+    check_names("video", excluded, names, Path(source["root"]))
+    return [name for name in names if name not in excluded]
 
 
 def _default_folder() -> Path:

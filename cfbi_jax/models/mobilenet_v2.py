@@ -1,4 +1,4 @@
-"""MobileNetV2 (width 1.0) at output stride 16, with frozen batch norm."""
+"""MobileNetV2 (width 1.0), by default at output stride 16, with frozen batch norm."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-OUTPUT_STRIDE = 16
 LOW_LEVEL_BLOCK = 3  # the stem counts as block 0
 
 
@@ -62,13 +61,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
+    """`output_stride` is 4, 8, 16 or 32: what would reduce the size further dilates instead."""
+
     dtype: DTypeLike = jnp.float32
+    output_stride: int = 16
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "b h w 3"]
-    ) -> tuple[Float[Array, "b h16 w16 320"], Float[Array, "b h4 w4 24"]]:
-        """Returns (features at stride 16, low-level features at stride 4 = output of block 3)."""
+    ) -> tuple[Float[Array, "b oh ow 320"], Float[Array, "b h4 w4 24"]]:
+        """Returns (features at the output stride, output of block 3 = low-level, at stride 4)."""
         x = Conv(32, 3, stride=2, dtype=self.dtype, name="stem_conv")(images)
         x = nn.relu6(FrozenBatchNorm(dtype=self.dtype, name="stem_bn")(x))
         low_level = None
@@ -77,7 +79,7 @@ class MobileNetV2(nn.Module):
             # Past the stride limit a stage dilates instead; its first block keeps the dilation
             # reached so far, its later blocks use the new one.
             first_dilation = dilation
-            if reached >= OUTPUT_STRIDE:
+            if reached >= self.output_stride:
                 dilation *= stride
                 stride = 1
             reached *= stride

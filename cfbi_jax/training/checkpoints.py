@@ -31,7 +31,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written (those before it are whole), or none can be read."""
 
 
 class Checkpoints:
@@ -135,7 +135,8 @@ class Checkpoints:
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint that can be read, in the form of `state`; `state` if there is none.
 
-        One that cannot be read is reported and moved to OUT/damaged.
+        One that cannot be read is reported and moved to OUT/damaged. Raises CheckpointError if that
+        happens to all.
         """
         import orbax.checkpoint as ocp
 
@@ -159,7 +160,7 @@ class Checkpoints:
                 continue
             return restored
         if steps:
-            raise ValueError(f"{self.folder}: none of the checkpoints {steps} can be read")
+            raise CheckpointError(f"{self.folder}: none of the checkpoints {steps} can be read")
         return state
 
     def _set_aside(self, step: int, error: Exception) -> None:

@@ -44,8 +44,8 @@ def _first_bad_array(what: str, tree: Any) -> str | None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         values = np.asarray(leaf)
         if not np.isfinite(values).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return f"{what} {name} ({np.count_nonzero(~np.isfinite(values))} of {values.size})"
+            name = " " + jax.tree_util.keystr(path, simple=True, separator="/") if path else ""
+            return f"{what}{name} ({np.count_nonzero(~np.isfinite(values))} of {values.size})"
     return None
 
 
@@ -95,7 +95,9 @@ def _first_bad_output(captured: dict, where: str, path: tuple[str, ...] = ()) ->
             found = _first_bad_output(value, where, (*path, name))
         else:
             module = "/".join(path if name == "__call__" else (*path, name))
-            found = _first_bad_array(f"the output of {module} {where}", value)
+            what = f"the output of {module} {where}"
+            bad = (_first_bad_array(what, output) for output in jax.tree.leaves(value))
+            found = next(filter(None, bad), None)
         if found:
             return found
     return None

@@ -56,6 +56,7 @@ from cfbi_jax.training.step import (
     create_state,
     make_train_step,
     pack_rows,
+    replicate,
 )
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
 from cfbi_jax.weights.initial import initial_checkpoint
@@ -110,8 +111,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         ema_decay=config.ema_decay,
     )
     clip_options = ClipOptions(**config.clips)
-    model = build_model(config.model)
+    model = build_model(config.model.to_dict())
     _check_unchanged(config, workdir)
+    with _hold(workdir):  # before anything of a run that is at work there is touched
+        pass
 
     use_compilation_cache(config.compilation_cache)
     if not config.sources:
@@ -183,8 +186,8 @@ def run(training: Training) -> None:
     """Trains from the newest checkpoint, or from the start, to the end; evaluates the best weights.
 
     Raises Stopped after SIGTERM, NotFinite for a loss or gradient that is no number,
-    CheckpointError where a checkpoint cannot be written, Refused where another run is at work in
-    the folder.
+    CheckpointError where a checkpoint cannot be written or none can be read, Refused where another
+    run is at work in the folder.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hold(training.workdir))
@@ -208,7 +211,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     store = Checkpoints(workdir, config.keep_checkpoints, model, image_format, plain, mesh)
     stack.callback(store.close)
     store.check_room(state)
-    state = jax.device_put(store.restore(state), NamedSharding(mesh, P()))
+    state = replicate(store.restore(state), mesh)
     first_step = int(state.step)
     if first_step:
         LOGGER.info("going on from step %d of %d", first_step, last_step)

@@ -1,7 +1,7 @@
 """One step of training: a batch of clips in, one update of the weights out.
 
-    step = make_train_step(model, tx, options, mesh)
-    state = create_state(variables, tx, seed)
+    step = make_train_step(model, image_format, tx, options, mesh)
+    state = replicate(create_state(variables, tx, seed), mesh)
     state, metrics, prediction = step(state, batch)
 
 Within a clip the five frames are embedded once (the weights do not change within a step and batch
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
@@ -114,6 +114,14 @@ def create_state(
         key=jax.random.key(seed),
         halted=jnp.array(False),
     )
+
+
+def replicate(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state on every device of the mesh, and of all processes, which hold the same one."""
+    sharding = NamedSharding(mesh, P())
+    # JAX 0.10 refuses to send a key, unlike its data, to another process' devices.
+    data = jax.device_put(jax.random.key_data(state.key), sharding)
+    return jax.device_put(state._replace(key=jax.random.wrap_key_data(data)), sharding)
 
 
 def pack_rows(

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def _folded_mobilenet(path: Path, model: CFBI) -> dict:
     try:
         with np.load(path) as file:
             arrays = {k: file[k].astype(np.float32) for k in file if k.startswith("block")}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path}: damaged or no .npz file ({error})") from error
     shapes = _backbone_shapes(model)
     params, frozen, used = {}, {}, set()
@@ -92,10 +93,11 @@ def _folded_mobilenet(path: Path, model: CFBI) -> dict:
             if name not in arrays:
                 raise ValueError(f"{path}: {name} is missing; expected a whole MobileNetV2")
         kernel, bias = arrays[f"{key}/kernel"], arrays[f"{key}/bias"]
-        if layer == "depthwise":
-            kernel = kernel.reshape(3, 3, 1, -1)
-        if kernel.shape != shape:
-            raise ValueError(f"{path}: {key}/kernel is {kernel.shape}, expected {shape}")
+        if layer == "depthwise" and kernel.shape == (*shape[:2], shape[3], 1):
+            kernel = kernel.reshape(shape)  # TensorFlow's layout
+        for name, array, expected in (("kernel", kernel, shape), ("bias", bias, shape[-1:])):
+            if array.shape != expected:
+                raise ValueError(f"{path}: {key}/{name} is {array.shape}, expected {expected}")
         used |= {f"{key}/kernel", f"{key}/bias"}
         conv, norm = f"{layer}_conv", f"{layer}_bn"
         constants = {

@@ -1,0 +1,35 @@
+"""tbd"""
+
+from cfbi_jax.config import default_config, source
+
+
+def get_config():
+    config = default_config()
+    config.model.update(
+        backbone="mobilenet_v2",
+        decoder_dim=128,
+        embedding_dim=64,
+        ensembler_dim=128,
+        windows=(6, 1, 2, 3, 4, 5),
+    )
+    config.data.resolution = "240p"
+    config.sources.davis = source(
+        root=config.data.get_ref("root"), resolution=config.data.get_ref("resolution")
+    )
+    config.clips.update(
+        crop_size=161,
+        short_edge=192,
+        max_objects=2,
+        min_object_pixels=40,
+        min_reference_pixels=80,
+    )
+    config.batch_size = 2
+    config.num_train_steps = 1500
+    config.learning_rate = 0.01
+    config.warmup_steps = 100
+    config.workers = 0
+    config.checkpoint_every_steps = 100
+    config.eval_every_steps = 750
+    config.log_every_steps = 10
+    config.picture_every_steps = 500
+    return config

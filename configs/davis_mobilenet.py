@@ -1,0 +1,17 @@
+"""`configs/davis.py` with MobileNetV2 for a backbone: a third of the weights.
+
+    python -m cfbi_jax.main --config=configs/davis_mobilenet.py --workdir=OUT \
+        --config.init_from=mobilenet_v2.pth ...
+
+The other options, and what the run does, are those of `configs/davis.py`. Cost and result: not
+measured; the paper trains ResNet-101 alone, the authors' later MobileNetV2 weights are published
+without a recipe.
+"""
+
+from configs import davis
+
+
+def get_config():
+    config = davis.get_config()
+    config.model.backbone = "mobilenet_v2"
+    return config

@@ -1,0 +1,146 @@
+"""From a source's fields to videos: compared with the files they name."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfbi_jax.config import source
+from cfbi_jax.data import synthetic
+from cfbi_jax.data.clips import ClipSource
+from cfbi_jax.data.image_files import read_frame
+from cfbi_jax.data.sources import clip_source
+from cfbi_jax.data.static_images import StaticClips
+
+SIZE = (48, 64)
+
+
+@pytest.fixture
+def davis_root(tmp_path):
+    """Three videos to train on and one to validate on, in a resolution of its own name."""
+    root = tmp_path / "DAVIS"
+    for split, seeds in (("train", (1, 2, 3)), ("val", (4,))):
+        synthetic.write_davis(root, seeds, split, resolution="48p", num_frames=3, size=SIZE)
+    return root
+
+
+@pytest.fixture
+def youtube_root(tmp_path):
+    """One video of two frames, both annotated; object 4 alone."""
+    folder = tmp_path / "YTB" / "train"
+    rng = np.random.default_rng(0)
+    for stem in ("00000", "00005"):
+        pictures = {
+            "JPEGImages": rng.integers(0, 256, (*SIZE, 3), np.uint8),
+            "Annotations": np.kron([[0, 4], [0, 0]], np.ones((24, 32), int)).astype(np.uint8),
+        }
+        for kind, picture in pictures.items():
+            path = folder / kind / "a" / f"{stem}.{'jpg' if kind == 'JPEGImages' else 'png'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    meta = {"videos": {"a": {"objects": {"4": {"frames": ["00000"]}}}}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return tmp_path / "YTB"
+
+
+def make(tmp_path, **fields):
+    return clip_source(source(**fields), str(tmp_path / "records"), max_objects=3, seed=5)
+
+
+def videos_of(found, seed=0):
+    assert isinstance(found, ClipSource)
+    return [found.video(i, np.random.default_rng(seed)) for i in range(len(found))]
+
+
+def test_davis(tmp_path, davis_root):
+    videos = videos_of(make(tmp_path, dataset="davis", root=str(davis_root), resolution="48p"))
+    assert [video.name for video in videos] == [f"synthetic-000{i}" for i in (1, 2, 3)]
+    for video in videos:
+        assert len(video) == 3
+        own = f"48p/{video.name}/00002"
+        frame = read_frame(davis_root / "JPEGImages" / f"{own}.jpg")
+        np.testing.assert_array_equal(video.frame(2), frame)
+        mask = np.array(Image.open(davis_root / "Annotations" / f"{own}.png"))
+        np.testing.assert_array_equal(video.mask(2), mask)
+
+
+def test_every_choice_of_videos_has_records_of_its_own(tmp_path, davis_root):
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p")
+    choices = [
+        ({}, ["1", "2", "3"]),
+        ({"sequences": "synthetic-0003, synthetic-0001"}, ["1", "3"]),
+        ({"exclude": "synthetic-0002"}, ["1", "3"]),
+        ({"split": "val"}, ["4"]),
+        ({}, ["1", "2", "3"]),
+    ]
+    for changes, names in choices:
+        videos = videos_of(make(tmp_path, **fields, **changes))
+        assert [video.name.removeprefix("synthetic-000") for video in videos] == names
+    assert len(list((tmp_path / "records").iterdir())) == 4
+
+
+def test_davis_2016_is_binary(tmp_path, davis_root):
+    lists = davis_root / "ImageSets"
+    (lists / "2016").mkdir()
+    (lists / "2016" / "train.txt").write_text("synthetic-0001\n")
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p")
+    (both,) = videos_of(make(tmp_path, **fields, sequences="synthetic-0001"))
+    (binary,) = videos_of(make(tmp_path, **fields, year=2016))
+    assert both.mask(0).max() == 2
+    np.testing.assert_array_equal(binary.mask(0), both.mask(0) > 0)
+
+
+def test_youtube_vos(tmp_path, youtube_root):
+    (video,) = videos_of(make(tmp_path, dataset="youtube_vos", root=str(youtube_root)))
+    assert (video.name, len(video)) == ("a", 2)
+    assert set(np.unique(video.mask(1))) == {0, 4}
+    frame = read_frame(youtube_root / "train" / "JPEGImages" / "a" / "00005.jpg")
+    np.testing.assert_array_equal(video.frame(1), frame)
+
+
+def test_synthetic(tmp_path):
+    found = make(tmp_path, dataset="synthetic")
+    assert isinstance(found, ClipSource)
+    videos = [found.video(i, np.random.default_rng(i)) for i in range(12)]
+    assert {v.mask(0).max() for v in videos} == {1, 2, 3}  # max_objects
+    again = make(tmp_path, dataset="synthetic").video(0, np.random.default_rng(0))
+    np.testing.assert_array_equal(again.frame(0), videos[0].frame(0))
+    other = clip_source(source(dataset="synthetic"), "", max_objects=3, seed=6)
+    assert other.video(0, np.random.default_rng(0)).name != videos[0].name
+
+
+def test_static(tmp_path, davis_root):
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p", static=True)
+    found = make(tmp_path, **fields)
+    assert isinstance(found, StaticClips) and len(found) == 3
+    videos = videos_of(found)
+    assert [video.name for video in videos] == [f"synthetic-000{i}" for i in (1, 2, 3)]
+    assert {len(video) for video in videos} == {8}  # the files have three frames
+    assert not np.array_equal(videos[0].frame(0), videos[0].frame(7))
+
+
+def test_records_go_to_the_cache_unless_told(tmp_path, davis_root, monkeypatch):
+    fields = source(dataset="davis", root=str(davis_root), resolution="48p")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clip_source(fields, "", max_objects=3, seed=0)
+    assert list((tmp_path / "cache" / "cfbi_jax" / "records").rglob("*.array_record*"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    clip_source(fields, "", max_objects=3, seed=0)
+    assert list((tmp_path / "home/.cache/cfbi_jax/records").rglob("*.array_record*"))
+
+
+def test_bad_fields(tmp_path, davis_root):
+    with pytest.raises(ValueError, match='dataset is "davis2017"; expected one of'):
+        make(tmp_path, dataset="davis2017", root=str(davis_root))
+    for dataset in ("davis", "youtube_vos"):
+        with pytest.raises(ValueError, match=f"root of the {dataset} source is empty"):
+            make(tmp_path, dataset=dataset)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        make(tmp_path, dataset="davis", root=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no sequence 'synthetic-0009'"):
+        make(tmp_path, dataset="davis", root=str(davis_root), sequences="synthetic-0009")
+    with pytest.raises(ValueError, match="no video 'dog'"):
+        make(tmp_path, dataset="davis", root=str(davis_root), exclude="dog")
+    assert not (tmp_path / "records").exists()
