@@ -4,8 +4,8 @@
         --config.init_from=deeplab_resnet101.pth
 
 Trains on full-resolution files with `--config.sources.davis.resolution=Full-Resolution`. Rate and
-number of steps are the paper's (batch 6: 3 videos on each of 2 GPUs). The set is small and over-fits:
-the best weights by J&F are kept, around step 30,000 in the paper.
+number of steps are the paper's (batch 6: 3 videos on each of 2 GPUs). The set is small and
+over-fits: the best weights by J&F are kept, which the authors found around step 30,000.
 
 Evaluates weights alone (PNGs, the official tool's tables, the server's zip):
 

@@ -3,9 +3,8 @@
     python -m cfbi_jax.main --config=configs/davis_mobilenet.py --workdir=OUT \
         --config.init_from=mobilenet_v2.pth ...
 
-The other options, and what the run does, are those of `configs/davis.py`. Cost and result: not
-measured; the paper trains ResNet-101 alone, the authors' later MobileNetV2 weights are published
-without a recipe.
+The rest is as in `configs/davis.py`. Cost and result: not measured; the paper trains
+ResNet-101 alone, and the authors' later MobileNetV2 weights are published without a recipe.
 """
 
 from configs import davis
