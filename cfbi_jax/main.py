@@ -14,7 +14,6 @@ from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
 from cfbi_jax.training import loop
-from cfbi_jax.training.checkpoints import CheckpointError
 
 LOGGER = logging.getLogger("cfbi_jax.main")
 MODES = ("train", "eval", "train_and_eval")
@@ -47,7 +46,7 @@ def main(_) -> None:
     except loop.Stopped as stopped:
         LOGGER.warning("%s", stopped)
         sys.exit(128 + signal.SIGTERM)
-    except (loop.NotFinite, loop.Refused, CheckpointError) as error:
+    except (loop.NotFinite, OSError) as error:  # a checkpoint or a log cannot be written, say
         sys.exit(f"error: {error}")
 
 

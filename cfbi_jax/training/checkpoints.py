@@ -69,7 +69,9 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(n=self._keep), enable_async_checkpointing=True
+                preservation_policy=LatestN(n=self._keep),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # of a save that was killed
             ),
             item_handlers={
                 "variables": ocp.StandardCheckpointHandler(),
@@ -126,17 +128,16 @@ class Checkpoints:
     def _failed(self, error: Exception) -> CheckpointError:
         whole = max((int(p.name) for p in self.folder.iterdir() if p.name.isdigit()), default=None)
         left = "no checkpoint is whole" if whole is None else f"the one of step {whole} is whole"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         free = shutil.disk_usage(self.folder).free >> 20
         return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({reason}; {free} MiB free); {left}"
+            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}; {free} MiB free); {left}"
         )
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest checkpoint that can be read, in the form of `state`; `state` if there is none.
 
-        One that cannot be read is reported and moved to OUT/damaged. Raises CheckpointError if that
-        happens to all.
+        Newer ones that cannot be read are reported and moved to OUT/damaged. Raises CheckpointError
+        if none can be read, and leaves them where they are.
         """
         import orbax.checkpoint as ocp
 
@@ -145,6 +146,7 @@ class Checkpoints:
             _items(state),
         )
         steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Exception] = {}
         for step in steps:
             try:
                 items = self._manager.restore(
@@ -156,18 +158,23 @@ class Checkpoints:
                 )
                 restored = _state(items["variables"], items["training"], state)
             except Exception as error:  # Orbax and TensorStore raise all kinds
-                self._set_aside(step, error)
+                damaged[step] = error
                 continue
+            for bad, error in damaged.items():
+                self._set_aside(bad, error, step)
             return restored
         if steps:
-            raise CheckpointError(f"{self.folder}: none of the checkpoints {steps} can be read")
+            reason = _first_line(damaged[steps[0]])
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints {steps} can be read ({reason})"
+            )
         return state
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    def _set_aside(self, step: int, error: Exception, used: int) -> None:
         target = self.folder.parent / "damaged" / str(step)
         LOGGER.warning(
-            "checkpoint %d is damaged (%s): moved to %s; using the one before", step, reason, target
+            "checkpoint %d is damaged (%s): moved to %s; using that of step %d",
+            *(step, _first_line(error), target, used),
         )
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
@@ -177,6 +184,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _items(state: TrainState) -> tuple[dict, dict]:

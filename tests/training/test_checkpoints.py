@@ -1,0 +1,130 @@
+"""What a checkpoint holds, which of them are kept, and what may change when a run goes on."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+from small import random_variables
+from tiny_run import MODEL
+
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.training.checkpoints import Checkpoints, contradictions, mend_best, save_best
+from cfbi_jax.training.step import TrainState
+from cfbi_jax.weights.checkpoint import load_checkpoint
+
+NETWORK = CFBI(**MODEL)
+
+
+@cache
+def variables():
+    return random_variables(NETWORK, 0)
+
+
+def state_of(seed, ema, step=7):
+    """A state no two arrays of which are equal; nor are they in another one."""
+    weights, average, momentum = (
+        jax.tree.map(lambda x, i=i: x + np.float32(seed + i), variables()) for i in range(3)
+    )
+    momentum = momentum["params"]
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    like = optimizer.init(momentum)
+    leaves = jax.tree.leaves(momentum)
+    return TrainState(
+        step=jnp.int32(step),
+        params=weights["params"],
+        frozen=weights["frozen"],
+        optimizer=jax.tree.unflatten(jax.tree.structure(like), leaves),
+        ema=average["params"] if ema else None,
+        key=jax.random.key(seed),
+        halted=jnp.array(False),
+    )
+
+
+def opened(tmp_path, keep=3):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    return Checkpoints(tmp_path, keep, NETWORK, IMAGENET_FORMAT, {"seed": 3}, mesh)
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(found)[0], jax.tree.leaves(expected), strict=True
+    ):
+        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_everything_comes_back(tmp_path, ema):
+    state, other = state_of(0, ema), state_of(10, ema, step=0)
+    store = opened(tmp_path)
+    assert store.restore(other) is other  # there is none yet
+    store.save(state)
+    store.wait()
+    store.close()
+    store = opened(tmp_path)
+    assert_equal(store.restore(other), state)
+    store.close()
+
+    # Any checkpoint is one that can be evaluated, with the averaged weights where there are any.
+    loaded = load_checkpoint(tmp_path / "checkpoints" / "7")
+    assert loaded.model == NETWORK and loaded.image_format == IMAGENET_FORMAT
+    assert_equal(loaded.variables["params"], state.ema if ema else state.params)
+    assert_equal(loaded.variables["frozen"], state.frozen)
+
+
+def test_the_last_few_are_kept(tmp_path):
+    store = opened(tmp_path, keep=2)
+    for step in (3, 6, 9, 9, 11):
+        store.save(state_of(step, ema=False, step=step))
+    store.wait()
+    store.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["11", "9"]
+
+
+def test_the_best_is_replaced_as_a_whole(tmp_path):
+    first, second = state_of(0, ema=True), state_of(10, ema=True)
+    save_best(tmp_path, NETWORK, first, IMAGENET_FORMAT)
+    (tmp_path / "best.new").mkdir()  # of a run that was killed
+    save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+    assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    # Killed between the two renamings.
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    mend_best(tmp_path)
+    assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
+    mend_best(tmp_path)  # nothing to mend
+
+
+def test_contradictions():
+    stored = {
+        "seed": 0,
+        "workers": 2,
+        "log_every_steps": 20,
+        "model": {"windows": [1, 2], "head": "ensembler"},
+        "clips": {"crop_size": 33},
+        "sources": {"a": {"root": "x", "weight": 1}},
+        "data": {"dataset": "davis"},
+    }
+    now = {
+        "seed": 0,
+        "workers": 0,
+        "log_every_steps": 1,
+        "model": {"windows": (1, 2), "head": "feelvos"},
+        "clips": {"crop_size": 49},
+        "sources": {"a": {"root": "y", "weight": 1}, "b": {"root": "z", "weight": 2}},
+        "data": {"dataset": "synthetic"},
+    }
+    assert contradictions(stored, now) == [
+        "clips.crop_size: 33 in the checkpoint, 49 now",
+        "model.head: 'ensembler' in the checkpoint, 'feelvos' now",
+        "sources.b.weight: None in the checkpoint, 2 now",
+    ]
+    assert contradictions(stored, stored) == []

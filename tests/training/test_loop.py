@@ -1,0 +1,605 @@
+"""A tiny run from its configuration to its last file, and everything that can go wrong with it."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image
+from small import random_variables
+from tiny_run import MODEL, get_config
+
+import cfbi_jax
+from cfbi_jax import main
+from cfbi_jax.data import synthetic
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.training import loop, schedule
+from cfbi_jax.training.checkpoints import Checkpoints
+from cfbi_jax.training.metric_writers import read_metrics
+from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+SPEED = ("clips_per_second", "data_wait", "host_memory_mib", "device_memory_mib")
+
+
+# ------------------------------------------------------------------------------------- the means
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One tracing and one compilation, without optimisation, serve all runs of this process."""
+    flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        for module, name in (
+            (schedule, "learning_rate"),
+            (schedule, "optimizer"),
+            (loop, "make_train_step"),
+        ):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        read = functools.cache(loop.initial_checkpoint)
+
+        def initial_checkpoint(*arguments):
+            start = read(*arguments)  # copied, as the first step gives its memory away
+            return dataclasses.replace(start, variables=jax.tree.map(np.array, start.variables))
+
+        patch.setattr(loop, "initial_checkpoint", initial_checkpoint)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "start"
+    model = CFBI(**MODEL)
+    save_checkpoint(path, model, random_variables(model, 0), IMAGENET_FORMAT)
+    return path
+
+
+@pytest.fixture
+def config(weights):
+    return tiny(weights)
+
+
+def tiny(weights):
+    config = get_config()
+    config.init_from = str(weights)
+    return config
+
+
+def run(config, out):
+    loop.run(loop.prepare(config, out))
+
+
+def error_of(config, out, monkeypatch) -> str:
+    """What the command, in this process, says as it exits with status 1."""
+    monkeypatch.setattr(main, "_log_to_screen", lambda: None)
+    for flag, value in (("CONFIG", config), ("WORKDIR", str(out)), ("DISTRIBUTED", "")):
+        monkeypatch.setattr(main, flag, SimpleNamespace(value=value))
+    with pytest.raises(SystemExit) as stopped:
+        main.main([])
+    assert isinstance(stopped.value.code, str), "a text is printed, and the status is 1"
+    assert stopped.value.code.startswith("error: ")
+    return stopped.value.code
+
+
+def losses(out):
+    return {line["step"]: line["loss"] for line in read_metrics(out / "metrics.jsonl")}
+
+
+def numbers(out):
+    """Every logged number that does not depend on the clock."""
+    lines = read_metrics(out / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
+
+
+def checkpoint_steps(out):
+    return sorted(int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def unfinished(out):
+    return [p.name for p in (out / "checkpoints").iterdir() if not p.name.isdigit()]
+
+
+def arrays(out, step=STEPS):
+    """Everything in a checkpoint, by name."""
+    with ocp.StandardCheckpointer() as reader:
+        trees = {part: reader.restore(out / f"checkpoints/{step}/{part}") for part in PARTS}
+    flat, _ = jax.tree_util.tree_flatten_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+
+
+PARTS = ("variables", "training")
+
+
+def assert_same_run(out, whole):
+    assert numbers(out) == numbers(whole)
+    found, expected = arrays(out), arrays(whole)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(weights, tmp_path_factory):
+    """A run that nothing disturbs. Read only."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(tiny(weights), out)
+    return out
+
+
+@pytest.fixture
+def begun(whole, tmp_path):
+    """The same, stopped after step 6, with checkpoints of 2, 4 and 6."""
+    out = tmp_path / "begun"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    return out
+
+
+def command(config, out, *, code="", env=None):
+    """Starts the command on the tiny configuration, with the same changes as in `config`."""
+    flags = [f"--config.init_from={config.init_from}", f"--config.mode={config.mode}"]
+    program = ["-m", "cfbi_jax.main"]
+    if code:
+        start = "import runpy; runpy.run_module('cfbi_jax.main', run_name='__main__')"
+        program = ["-c", f"{code}\n{start}"]
+    return subprocess.Popen(
+        [sys.executable, *program, "--config=tests/tiny_run.py", f"--workdir={out}", *flags]
+        + [f"--config.data.{key}={config.data[key]}" for key in ("dataset", "root") if config.data],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end_of(process):
+    text, _ = process.communicate(timeout=600)
+    return process.returncode, text
+
+
+# ------------------------------------------------------------------------------- the whole command
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "DAVIS"
+    for split, seed in (("train", 0), ("val", 1)):
+        synthetic.write_davis(root, (seed,), split, num_frames=5, size=(40, 56), num_objects=1)
+    return root
+
+
+def test_command_trains_evaluates_and_keeps_the_best(config, whole, davis, tmp_path):
+    out = tmp_path / "out"
+    config.mode, config.data.root = "train_and_eval", str(davis)
+    status, text = end_of(command(config, out))
+    assert status == 0, text
+
+    # Steps are those of the run in this process: nothing depends on the process or evaluations.
+    assert_same_run(out, whole)
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert len({line["loss"] for line in lines}) == STEPS
+    assert all(np.isfinite(line["loss"]) and line["data_wait"] >= 0 for line in lines[1:])
+    assert checkpoint_steps(out) == [2, 4, 6, 8] and not unfinished(out)
+
+    evaluations = read_metrics(out / "evaluations.jsonl")
+    assert [line["step"] for line in evaluations] == [4, 8]
+    best = max(evaluations, key=lambda line: (line["J&F"], line["step"]))
+    assert best["J&F"] == pytest.approx((best["J"] + best["F"]) / 2)
+    kept = load_checkpoint(out / "best")
+    stored = load_checkpoint(out / "checkpoints" / str(best["step"]))
+    assert kept.model == CFBI(**MODEL) and kept.image_format == IMAGENET_FORMAT
+    jax.tree.map(np.testing.assert_array_equal, kept.variables, stored.variables)
+
+    # What is in OUT are the best weights' masks.
+    name = "synthetic-0001"
+    masks = sorted((out / "Annotations" / name).iterdir())
+    assert [path.name for path in masks] == [f"{t:05d}.png" for t in range(5)]
+    frames = [np.array(Image.open(p)) for p in sorted((davis / "JPEGImages/480p" / name).iterdir())]
+    first = np.array(Image.open(davis / "Annotations/480p" / name / "00000.png"))
+    segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(out / "best")
+    for path, label in zip(masks, segmenter.segment(frames, {0: first}), strict=True):
+        assert (np.array(Image.open(path)) != label).mean() < 0.02  # two decoders of JPEG
+    table = (out / "global_results-val.csv").read_text().splitlines()
+    assert float(table[1].split(",")[0]) == pytest.approx(best["J&F"], abs=1e-3)
+    assert (out / "per-sequence_results-val.csv").exists() and (out / "submission.zip").exists()
+
+    assert sorted(p.name for p in (out / "pictures").iterdir()) == ["0000004.png", "0000008.png"]
+    assert len(list((out / "tensorboard").glob("*tfevents*"))) == 1
+    overview = (out / "parameters.txt").read_text()
+    assert "foreground_bias" in overview and "pixel_embedding/pointwise/kernel" in overview
+    assert json.loads((out / "config.json").read_text())["clips"]["crop_size"] == 33
+
+
+# ------------------------------------------------------------------------------------ going on
+
+
+def signal_after_line(step, number):
+    """Code that sends its own process a signal as soon as a step's line is in metrics.jsonl."""
+    return f"""
+import os
+from cfbi_jax.training.metric_writers import JsonLinesWriter
+write = JsonLinesWriter.write_scalars
+def write_and_signal(self, step, scalars):
+    write(self, step, scalars)
+    if step == {step}:
+        os.kill(os.getpid(), {number:d})
+JsonLinesWriter.write_scalars = write_and_signal
+"""
+
+
+def kill_before_rename(end):
+    """Code that kills its own process when it would rename anything to a path of this end."""
+    return f"""
+import os, sys
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith("{end}"):
+        os.kill(os.getpid(), 9)
+sys.addaudithook(hook)
+"""
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(config, whole, tmp_path):
+    out = tmp_path / "out"
+    status, text = end_of(command(config, out, code=signal_after_line(3, signal.SIGKILL)))
+    assert status == -signal.SIGKILL, text
+    assert list(losses(out)) == [1, 2, 3]
+
+    # When a checkpoint is complete but for its name.
+    steps = checkpoint_steps(out)  # that of step 2 may have been half written
+    last = steps[-1] if steps else 0
+    code = kill_before_rename(f"checkpoints/{last + 2}")
+    status, text = end_of(command(config, out, code=code))
+    assert status == -signal.SIGKILL, text
+    assert ("going on from step" in text) == (last > 0)
+    assert checkpoint_steps(out) == steps and unfinished(out)
+
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "lo')  # half a line
+    status, text = end_of(command(config, out, code=signal_after_line(5, signal.SIGTERM)))
+    assert status == 128 + signal.SIGTERM, text
+    assert "SIGTERM: step 5 of 8 is saved; repeat the command" in text
+    assert checkpoint_steps(out) == [2, 4, 5] and list(losses(out)) == [1, 2, 3, 4, 5]
+
+    run(config, out)
+    assert_same_run(out, whole)
+    assert not unfinished(out)
+
+
+def test_nothing_depends_on_what_is_reported_and_kept(config, whole, tmp_path, monkeypatch):
+    """Nor on worker processes, nor on threads."""
+    config.log_every_steps, config.checkpoint_every_steps, config.keep_checkpoints = 3, 1, 2
+    config.picture_every_steps, config.workers, config.threads = 0, 1, 1
+    run(config, tmp_path / "out")
+    expected = losses(whole)
+    assert losses(tmp_path / "out") == {step: expected[step] for step in (3, 6, 8)}
+    assert checkpoint_steps(tmp_path / "out") == [7, 8]
+    found, expected = arrays(tmp_path / "out"), arrays(whole)
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_allowed_changes_go_on(config, whole, begun, monkeypatch):
+    config.log_every_steps, config.keep_checkpoints, config.threads = 2, 1, 3
+    config.records, config.sources.drawn.root = "elsewhere", "elsewhere"
+    config.init_from = ""
+    run(config, begun)
+    expected = losses(whole)
+    assert losses(begun) == {step: expected[step] for step in (1, 2, 3, 4, 5, 6, 8)}
+    assert checkpoint_steps(begun) == [8]
+
+
+def test_a_finished_run_does_nothing(config, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    run(config, out)
+    assert_same_run(out, whole)
+
+
+def test_another_configuration_is_refused(config, begun, monkeypatch):
+    before = (begun / "metrics.jsonl").read_bytes(), (begun / "config.json").read_bytes()
+    config.learning_rate, config.clips.crop_size, config.model.resnet_width = 0.01, 17, 8
+    config.workers = 1  # may change
+    text = error_of(config, begun, monkeypatch)
+    assert text.splitlines()[1:-1] == [
+        "  clips.crop_size: 33 in the checkpoint, 17 now",
+        "  learning_rate: 0.02 in the checkpoint, 0.01 now",
+        "  model.resnet_width: 4 in the checkpoint, 8 now",
+    ]
+    assert before == ((begun / "metrics.jsonl").read_bytes(), (begun / "config.json").read_bytes())
+
+
+def test_another_number_of_devices_goes_on(config, whole, begun, tmp_path):
+    shutil.rmtree(begun / "checkpoints" / "6")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    status, text = end_of(command(config, begun, env={"XLA_FLAGS": flags}))
+    assert status == 0, text
+    assert "going on from step 4 of 8" in text
+    found, expected = losses(begun), losses(whole)
+    assert list(found) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(found[5], expected[5], rtol=1e-4)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.05)
+
+
+# -------------------------------------------------------------------------------- damage and room
+
+
+def cut_short(folder):
+    data = [path for path in folder.rglob("d/*") if path.is_file()]
+    path = max(data, key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete(folder):
+    (folder / "training" / "manifest.ocdbt").unlink()
+
+
+def garbage(folder):
+    for path in folder.rglob("d/*"):
+        if path.is_file():
+            size = path.stat().st_size
+            path.write_bytes(np.random.default_rng(0).bytes(size))
+
+
+def no_folder(folder):
+    shutil.rmtree(folder / "variables")
+
+
+@pytest.mark.parametrize("damage", [cut_short, delete, garbage, no_folder])
+def test_a_damaged_checkpoint_is_set_aside(config, whole, begun, caplog, damage):
+    damage(begun / "checkpoints" / "6")
+    with caplog.at_level(logging.INFO, "cfbi_jax"):
+        run(config, begun)
+    assert "checkpoint 6 is damaged" in caplog.text and "going on from step 4" in caplog.text
+    assert (begun / "damaged" / "6").is_dir()
+    assert checkpoint_steps(begun) == [2, 4, 6, 8]
+    assert_same_run(begun, whole)
+
+
+def test_nothing_but_damaged_checkpoints(config, begun, monkeypatch):
+    for step in (2, 4, 6):
+        delete(begun / "checkpoints" / str(step))
+    text = error_of(config, begun, monkeypatch)
+    assert "none of the checkpoints [6, 4, 2] can be read" in text
+    assert "none of the checkpoints [6, 4, 2] can be read" in error_of(config, begun, monkeypatch)
+
+
+def test_a_full_disk(config, whole, tmp_path, monkeypatch):
+    """A limit on the size of files does to the second checkpoint what a full disk does."""
+    out = tmp_path / "out"
+    save = Checkpoints.save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, state):
+        small = 50_000 if int(state.step) == 4 else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
+        save(self, state)
+        self._manager.wait_until_finished() if small == limits[0] else None
+
+    monkeypatch.setattr(Checkpoints, "save", limited)
+    try:
+        text = error_of(config, out, monkeypatch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{out / 'checkpoints'}: a checkpoint could not be written" in text
+    assert "the one of step 2 is whole" in text
+    assert checkpoint_steps(out) == [2]
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run(config, out)
+    assert_same_run(out, whole)
+    assert not unfinished(out)
+
+
+def test_no_room_is_known_before_the_first_step(config, tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=10**9, used=10**9, free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    text = error_of(config, tmp_path / "out", monkeypatch)
+    assert "0 MiB free; expected" in text and str(tmp_path / "out" / "checkpoints") in text
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------- not a number
+
+
+def spoiled(weights, path, name, value):
+    checkpoint = load_checkpoint(weights)
+    variables = jax.tree.map(np.array, checkpoint.variables)
+    *parents, last = name.split("/")
+    array = functools.reduce(lambda tree, key: tree[key], parents, variables)[last]
+    array[(0,) * array.ndim] = value
+    save_checkpoint(path, checkpoint.model, variables, checkpoint.image_format)
+    return str(path)
+
+
+EMBEDDING = "pixel_embedding/pointwise"
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        (f"{EMBEDDING}/kernel", np.nan, rf"weights {EMBEDDING}/kernel \(1 of \d+\); clips"),
+        # Finite, but what is computed with it is not.
+        (
+            f"{EMBEDDING}/kernel",
+            3e38,
+            rf"the output of {EMBEDDING} of clip 0 \(\d+ of \d+\); clips",
+        ),
+        (
+            "deeplab/backbone/conv1/kernel",
+            3e38,
+            r"the output of deeplab/backbone/conv1 of clip 0 \(\d+ of \d+\); clips",
+        ),
+        (
+            "matching_feature/conv/bias",
+            np.inf,
+            r"weights matching_feature/conv/bias \(1 of \d+\); clips",
+        ),
+    ],
+)
+def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message):
+    out = tmp_path / "out"
+    config.init_from = spoiled(weights, tmp_path / "spoiled", f"params/{name}", value)
+    config.log_every_steps = 2  # known a step later
+    clips = loop.prepare(config, tmp_path / "other").clips
+    text = error_of(config, out, monkeypatch)
+    assert re.search(f"step 1: not finite, first in {message}", text), text
+    assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
+    assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
+
+
+# ----------------------------------------------------------------------------- refused at the start
+
+
+def test_one_run_at_a_time(config, begun, davis, monkeypatch):
+    config.mode, config.data.dataset = "train_and_eval", "synthetic"
+    before = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
+    with loop._hold(begun):
+        text = error_of(config, begun, monkeypatch)
+    assert f"{begun}: in use by another run (process {os.getpid()} on" in text
+    after = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
+    before.pop(begun / "train.lock"), after.pop(begun / "train.lock")
+    assert after == before  # not even the videos to evaluate are drawn again
+
+
+@pytest.fixture
+def from_davis(config, davis, tmp_path):
+    """A run on a folder of files of its own, and that folder."""
+    root = tmp_path / "DAVIS"
+    shutil.copytree(davis, root)
+    config.sources = ConfigDict()
+    config.sources.davis = cfbi_jax.config.source(dataset="davis", root=str(root))
+    config.records = str(tmp_path / "records")
+    return config, root
+
+
+def batch_size(config, root):
+    config.batch_size, config.accumulate = 3, 2
+
+
+def no_root(config, root):
+    config.sources.davis.root = str(root / "nowhere")
+
+
+def empty_root(config, root):
+    config.sources.davis.root = ""
+
+
+def unknown_dataset(config, root):
+    config.sources.davis.dataset = "kitti"
+
+
+def no_sources(config, root):
+    config.sources = ConfigDict()
+
+
+def no_list(config, root):
+    config.sources.davis.split = "trainval"
+
+
+def no_mask(config, root):
+    (root / "Annotations/480p/synthetic-0000/00003.png").unlink()
+
+
+def no_frame(config, root):
+    (root / "JPEGImages/480p/synthetic-0000/00003.jpg").unlink()
+
+
+def other_size(config, root):
+    path = root / "Annotations/480p/synthetic-0000/00002.png"
+    Image.open(path).crop((0, 0, 30, 40)).save(path)
+
+
+def no_objects(config, root):
+    for path in (root / "Annotations/480p/synthetic-0000").iterdir():
+        image = Image.open(path)
+        empty = Image.fromarray(np.zeros_like(np.array(image)))
+        empty.putpalette(image.getpalette())
+        empty.save(path)
+
+
+def changed_after_preparation(config, root):
+    loop.prepare(config, root.parent / "earlier")
+    path = root / "JPEGImages/480p/synthetic-0000/00001.jpg"
+    Image.open(path).rotate(180).save(path)
+
+
+def crop_size(config, root):
+    config.clips.crop_size = 32
+
+
+def share_of_steps(config, root):
+    config.sequential_start = 50_000.0
+
+
+def no_weights(config, root):
+    config.init_from = str(root / "ckpt")
+
+
+def other_weights(config, root):
+    config.model.resnet_width = 8
+
+
+def nothing_to_evaluate(config, root):
+    config.mode, config.data.root = "train_and_eval", str(root / "val")
+
+
+@pytest.mark.parametrize(
+    "spoil, messages",
+    [
+        (batch_size, ["config.batch_size is 3; expected a multiple of 2 (1 devices x"]),
+        (no_root, ["nowhere: no such folder"]),
+        (empty_root, ["root of the davis source is empty"]),
+        (unknown_dataset, ['dataset is "kitti"; expected one of']),
+        (no_sources, ["config.sources is empty; expected"]),
+        (no_list, ["trainval.txt: no such list; there are: ", "train.txt"]),
+        (no_mask, ["synthetic-0000", "00003.png"]),
+        (no_frame, ["synthetic-0000", "00003"]),
+        (other_size, ["synthetic-0000/00002.png", "40 x 30", "40 x 56"]),
+        (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
+        (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
+        (crop_size, ["crop_size = 32; expected 16 n + 1"]),
+        (share_of_steps, ["config.sequential_start is 50000.0; expected a share"]),
+        (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
+        (other_weights, ["wrong shape", "backbone"]),
+        (nothing_to_evaluate, ["val: no such folder"]),
+    ],
+)
+def test_bad_input_is_found_before_the_first_step(
+    from_davis, tmp_path, monkeypatch, spoil, messages
+):
+    config, root = from_davis
+    spoil(config, root)
+    text = error_of(config, tmp_path / "out", monkeypatch)
+    for message in messages:
+        assert message in text
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_folder_of_files_trains(from_davis, tmp_path):
+    config, root = from_davis
+    config.num_train_steps = STEPS  # the same program: nothing is compiled
+    run(config, tmp_path / "out")
+    assert list(losses(tmp_path / "out")) == list(range(1, STEPS + 1))
