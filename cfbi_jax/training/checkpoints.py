@@ -130,7 +130,8 @@ class Checkpoints:
         left = "no checkpoint is whole" if whole is None else f"the one of step {whole} is whole"
         free = shutil.disk_usage(self.folder).free >> 20
         return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}; {free} MiB free); {left}"
+            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}; {free} MiB "
+            f"free); {left}"
         )
 
     def restore(self, state: TrainState) -> TrainState:

@@ -47,6 +47,51 @@ def test_convolution_is_correlation_with_zero_padding(size, stride, dilation):
         np.testing.assert_allclose(found[0, ..., o], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "kernel_size, stride, dilation, padding, size",
+    [
+        ((1, 1), 1, 1, 0, (5, 6)),
+        ((1, 1), 2, 1, 0, (5, 6)),
+        ((1, 1), 1, 1, 2, (4, 5)),  # not a plain product: borders of zeros
+        ((3, 3), 1, 1, 1, (7, 6)),
+        ((3, 3), 2, 1, 1, (7, 6)),
+        ((3, 3), 2, 1, 0, (8, 9)),  # the last row and column are never read
+        ((3, 3), 1, 2, 2, (9, 5)),
+        ((3, 3), 2, 3, 3, (9, 11)),
+        ((3, 3), 1, 6, 6, (5, 9)),  # outer taps see zeros alone: vertically, ...
+        ((3, 3), 1, 6, 6, (9, 6)),  # ... horizontally, ...
+        ((3, 3), 1, 9, 9, (9, 9)),  # ... both: the centre is left
+        ((3, 3), 1, 18, 18, (4, 7)),
+        ((3, 1), 1, 2, 1, (6, 5)),
+        ((7, 7), 2, 1, 3, (11, 14)),
+    ],
+)
+def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, padding, size):
+    x, kernel = random(2, *size, 3), random(*kernel_size, 3, 4, seed=1)
+
+    def by_xla(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            ((padding, padding),) * 2,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def by_package(x, kernel):
+        return layers.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
+
+    expected, expected_transpose = jax.vjp(by_xla, x, kernel)
+    found, transpose = jax.vjp(by_package, x, kernel)
+    # Sums of at most 150 products of order 1, in another order.
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    gradient = random(*expected.shape, seed=2)
+    for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
 def test_frozen_batch_norm_has_no_trainable_parameter():
     norm = layers.FrozenBatchNorm()
     variables = norm.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))

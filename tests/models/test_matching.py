@@ -171,3 +171,101 @@ def test_gradients_are_those_of_finite_differences(which):
     slope = (loss(value + step * direction) - loss(value - step * direction)) / (2 * step)
     found = jnp.sum(jax.grad(loss)(value) * direction)
     np.testing.assert_allclose(found, slope, rtol=2e-2, atol=2e-3)
+
+
+# (queries, pixels, channels, rows); sizes that divide neither a tile nor a chunk
+NEAREST_SHAPES = [(1, 1, 1, 1), (1, 5, 2, 3), (7, 1, 3, 2), (13, 29, 4, 5), (31, 17, 3, 4)]
+FEW = 1e-4  # distances that differ by less are left out: either pixel may be the nearest
+
+
+def full_matrix(query, reference, label, num_rows):
+    """[q, rows] by every distance there is, for JAX to differentiate."""
+    squared = jnp.sum(jnp.square(query[:, None] - reference), axis=-1)
+    mine = label == jnp.arange(num_rows)[:, None]
+    return jnp.min(jnp.where(mine, squared[:, None], FAR), axis=-1)
+
+
+def value_and_gradients(fn):
+    def run(query, reference, label, weights):
+        def total(query, reference):
+            nearest = fn(query, reference, label, weights.shape[1])
+            return jnp.sum(nearest * weights), nearest
+
+        return jax.value_and_grad(total, (0, 1), has_aux=True)(query, reference)
+
+    return run
+
+
+# Under names of their own: what is traced depends on the size of the tiles.
+nearest_and_gradients = jax.jit(value_and_gradients(matching.nearest_squared_distance))
+tiled_nearest_and_gradients = jax.jit(
+    value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
+)
+slow_nearest_and_gradients = jax.jit(value_and_gradients(full_matrix))
+
+
+def check_nearest(found, seed, shape, empty_row):
+    queries, pixels, channels, rows = shape
+    rng = np.random.default_rng(seed)
+    query = rng.standard_normal((queries, channels)).astype(np.float32)
+    reference = rng.standard_normal((pixels, channels)).astype(np.float32)
+    label = rng.integers(0, rows + 1, pixels)
+    label = np.where(label == rows, matching.NOBODY, label).astype(np.uint8)
+    if empty_row:
+        label[label == rows // 2] = matching.NOBODY
+    weights = rng.standard_normal((queries, rows)).astype(np.float32)
+    squared = np.square(query[:, None] - reference).sum(axis=-1)
+    for row in range(rows):
+        two = np.sort(squared[:, label == row], axis=1)[:, :2]
+        if two.shape[1] == 2:
+            weights[two[:, 1] - two[:, 0] < FEW, row] = 0
+
+    (_, nearest), gradients = found(query, reference, label, weights)
+    (_, expected), slow = slow_nearest_and_gradients(query, reference, label, weights)
+    # Squared distances of up to about 50 from differences of products: 50 x 1e-7, a few times.
+    np.testing.assert_allclose(nearest, expected, atol=5e-5)
+    for gradient, of_slow in zip(gradients, slow, strict=True):
+        # Sums of at most 31 x 5 terms of order 1, in another order.
+        np.testing.assert_allclose(gradient, of_slow, atol=1e-4)
+    present = np.isin(np.arange(rows), label)
+    assert (np.asarray(nearest)[:, ~present] == FAR).all()
+    assert present.any() or not any(np.asarray(gradient).any() for gradient in gradients)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from(NEAREST_SHAPES),
+    empty_row=st.booleans(),
+)
+def test_gradient_of_the_nearest_pixel(seed, shape, empty_row):
+    check_nearest(nearest_and_gradients, seed, shape, empty_row)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_the_nearest_pixel_over_several_tiles_and_chunks(monkeypatch, seed):
+    monkeypatch.setattr(matching, "REFERENCE_TILE", 4)
+    monkeypatch.setattr(matching, "QUERY_CHUNK", 7)
+    check_nearest(tiled_nearest_and_gradients, seed, (24, 45, 3, 4), empty_row=seed > 0)
+
+
+@pytest.mark.parametrize("tile", [512, 2])
+def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch, tile):
+    """Integers, so that distances are exact. JAX's own `min` would share it out."""
+    monkeypatch.setattr(matching, "REFERENCE_TILE", tile)
+    query = jnp.array([[0.0, 0.0], [4.0, 0.0]])
+    #                        row 1, far   row 0      row 1      row 1       row 1      row 0
+    reference = jnp.array([[-3.0, 0], [0.0, 5.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 5.0]])
+    label = jnp.array([1, 0, 1, 1, 1, 0], jnp.uint8)
+    weights = jnp.array([[1.0, 10.0], [100.0, 1000.0]])
+    run = value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
+    (_, nearest), (query_gradient, gradient) = run(query, reference, label, weights)
+    np.testing.assert_array_equal(nearest, [[25, 4], [41, 4]])
+    # Sum over the queries of 2 x weight x (pixel - query).
+    expected = np.zeros((6, 2))
+    expected[1] = 2 * 1 * np.array([0, 5]) + 2 * 100 * np.array([-4, 5])
+    expected[2] = 2 * 10 * np.array([2, 0]) + 2 * 1000 * np.array([-2, 0])
+    np.testing.assert_array_equal(gradient, expected)
+    np.testing.assert_array_equal(
+        query_gradient, [[-40, -10], [2 * 100 * 4 + 2 * 1000 * 2, -2 * 100 * 5]]
+    )
