@@ -1,0 +1,78 @@
+"""Training steps on several devices or in two processes, for `training/test_distributed.py`.
+
+python step_worker.py OUT.npz DEVICES [DEVICES ...]        a mesh of each size, in this process
+python step_worker.py OUT.npz PORT PROCESS_INDEX           one of two processes with a device each
+
+Writes losses, gradient norms and final parameters of `STEPS` steps, and the collectives' names.
+"""
+
+import os
+import re
+import sys
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from small import random_variables
+from tiny import QUICK, random_clips, tiny_model, tiny_parts
+
+from cfbi_jax.models.images import OFFICIAL_FORMAT
+from cfbi_jax.training.loop import device_batch
+from cfbi_jax.training.schedule import optimizer
+from cfbi_jax.training.step import StepOptions, create_state, make_train_step, replicate
+
+# Half of the clips, and the other half, need other numbers of rows: 8 and 12.
+OBJECTS = [0, 1, 0, 2, 1, 2, 3, 0]
+STEPS = 2
+COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter|ragged-all-to-all)\b"
+    r"(?:-start)?\("
+)
+
+
+def train(mesh, shard) -> dict[str, np.ndarray]:
+    """`shard`: this process' clips of a batch."""
+    options = StepOptions(max_objects=3, mining_step=4)
+    tx = optimizer(lambda step: 0.05, 0.01, 0.9, max_gradient_norm=0.5)
+    model = tiny_model(dropout=0.2)
+    state = replicate(create_state(random_variables(model, seed=0), tx, seed=0), mesh)
+    train_step = make_train_step(model, OFFICIAL_FORMAT, tx, options, mesh)
+    program, losses, norms = None, [], []
+    for i in range(STEPS):
+        clips = random_clips(OBJECTS, num_frames=3, seed=i)
+        batch = device_batch({k: v[shard] for k, v in clips.items()}, options, mesh)
+        if program is None:
+            program = train_step.lower(state, batch).compile(compiler_options=QUICK)
+        state, metrics, _ = program(state, batch)
+        losses.append(np.asarray(metrics["loss"]))
+        norms.append(np.asarray(metrics["gradient_norm"]))
+    flat = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(state.params)]
+    return {
+        "rows": np.array(batch.packing.row.shape),
+        "losses": np.array(losses),
+        "norms": np.array(norms),
+        "params": np.concatenate(flat),
+        "collectives": np.array(sorted(set(COLLECTIVES.findall(program.as_text())))),
+    }
+
+
+def main() -> None:
+    out, *numbers = sys.argv[1:]
+    results = {}
+    if "TWO_PROCESSES" in os.environ:
+        port, index = (int(number) for number in numbers)
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, initialization_timeout=60)
+        assert jax.process_count() == 2 and len(jax.local_devices()) == 1
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        half = len(OBJECTS) // 2
+        results["2"] = train(mesh, slice(half * index, half * (index + 1)))
+    else:
+        for number in numbers:
+            mesh = Mesh(np.array(jax.devices()[: int(number)]), ("data",))
+            results[number] = train(mesh, slice(None))
+    np.savez(out, **{f"{n}/{key}": x for n, result in results.items() for key, x in result.items()})
+
+
+if __name__ == "__main__":
+    with tiny_parts():
+        main()
