@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -223,11 +222,11 @@ def _state(variables: Mapping, training: Mapping, like: TrainState) -> TrainStat
     )
 
 
-def save_best(workdir: Path, model: CFBI, state: TrainState, image_format: ImageFormat) -> Path:
-    """Replaces OUT/best by the weights of `state`. The old one is there until the new one is."""
+def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFormat) -> Path:
+    """Replaces OUT/best by `variables`. The old one is there until the new one is."""
     best, new, old = (workdir / name for name in ("best", "best.new", "best.old"))
     shutil.rmtree(new, ignore_errors=True)
-    save_checkpoint(new, model, jax.tree.map(np.asarray, state.evaluated), image_format)
+    save_checkpoint(new, model, variables, image_format)
     if best.exists():
         shutil.rmtree(old, ignore_errors=True)
         best.rename(old)

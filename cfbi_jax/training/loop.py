@@ -85,7 +85,7 @@ class Training:
     start: Checkpoint
     options: StepOptions
     mesh: Mesh
-    evaluation: evaluate.Evaluation | None
+    evaluation: evaluate.Evaluation | None  # of the first process, unless mode is "train"
 
 
 # ------------------------------------------------------------------------------- before the run
@@ -133,7 +133,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     )
     start = initial_checkpoint(model, config.init_from, config.seed)
     evaluation = None
-    if config.mode == "train_and_eval":
+    if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
     return Training(config, workdir, clips, start, options, mesh, evaluation)
 
@@ -282,7 +282,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         if scores.due(step):
             store.wait()  # an evaluation takes long: what comes before it is safe
             scores.evaluate(state, step)
-            since = time.perf_counter()
+            waited, steps, since = 0.0, 0, time.perf_counter()
         if stopping(step) and step < last_step:
             _check_finite(training, state)
             store.save(state)
@@ -462,51 +462,50 @@ class _Reports:
 
 
 class _Scores:
-    """Evaluations on the way: which are due, their results, the best weights so far."""
+    """Evaluations on the way, by the first process: which are due, and the best so far."""
 
     def __init__(self, training: Training, first_step: int):
         self._training = training
-        self._done: dict[int, float] = {}
-        if training.evaluation is None:
-            return
-        checkpoints.mend_best(training.workdir)
-        path = training.workdir / metric_writers.EVALUATIONS_FILE
-        if jax.process_index() == 0:
+        self._wanted = training.config.mode == "train_and_eval"
+        self._scores: dict[int, float] = {}
+        if training.evaluation is not None:
+            checkpoints.mend_best(training.workdir)
+            path = training.workdir / metric_writers.EVALUATIONS_FILE
             self._lines = metric_writers.JsonLinesWriter(path)
             self._lines.truncate_after(first_step)
-        if path.exists():
-            self._done = {line["step"]: line["J&F"] for line in metric_writers.read_metrics(path)}
+            lines = metric_writers.read_metrics(path)
+            self._scores = {line["step"]: line["J&F"] for line in lines}
+        # The other processes need to know whether an evaluation was interrupted, and no more.
+        self._first_is_done = bool(_from_primary(float(first_step in self._scores)))
+        self._first_step = first_step
 
     def due(self, step: int) -> bool:
         config = self._training.config
         wanted = _every(step, config.eval_every_steps) or step == config.num_train_steps
-        return (
-            self._training.evaluation is not None and wanted and step not in self._done and step > 0
-        )
+        done = step == 0 or (step == self._first_step and self._first_is_done)
+        return self._wanted and wanted and not done
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Scores the weights to evaluate, and keeps them in OUT/best if none were better."""
+        if self._training.evaluation is not None:
+            self._evaluate(jax.tree.map(np.asarray, state.evaluated), step)
+        _from_primary(0.0)  # the others wait
+
+    def _evaluate(self, variables: dict, step: int) -> None:
         training = self._training
-        j_and_f, entry = 0.0, {}
-        if jax.process_index() == 0:
-            LOGGER.info("evaluation at step %d", step)
-            variables = jax.tree.map(np.asarray, state.evaluated)
-            evaluation = evaluate.with_weights(training.evaluation, variables)
-            entry = evaluate.summary(evaluate.run(evaluation, quiet=True))
-            # Without public truth the newest weights count as the best.
-            j_and_f = entry.get("J&F", float(step))
-        j_and_f = _from_primary(j_and_f)
-        if j_and_f >= max(self._done.values(), default=j_and_f):
-            checkpoints.save_best(
-                training.workdir, training.start.model, state, training.start.image_format
-            )
-        self._done[step] = j_and_f
-        if jax.process_index() == 0:
-            self._lines.write_scalars(step, {"J&F": j_and_f} | entry)
-            best = max(self._done, key=self._done.get)
-            LOGGER.info(
-                "step %d: J&F %.4f; best %.4f at step %d", step, j_and_f, self._done[best], best
-            )
+        LOGGER.info("evaluation at step %d", step)
+        evaluation = evaluate.with_weights(training.evaluation, variables)
+        means = evaluate.summary(evaluate.run(evaluation, quiet=True))
+        # Without public truth the newest weights count as the best.
+        score = means.setdefault("J&F", float(step))
+        if score >= max(self._scores.values(), default=score):
+            start = training.start
+            checkpoints.save_best(training.workdir, start.model, variables, start.image_format)
+        self._scores[step] = score
+        self._lines.write_scalars(step, means)
+        best = max(self._scores, key=self._scores.get)
+        message = "step %d: J&F %.4f; best %.4f at step %d"
+        LOGGER.info(message, step, score, self._scores[best], best)
 
 
 def _from_primary(value: float) -> float:

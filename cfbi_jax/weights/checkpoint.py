@@ -109,7 +109,14 @@ def _checkpointer():
     handlers = ocp.CompositeCheckpointHandler(
         variables=ocp.StandardCheckpointHandler(), config=ocp.JsonCheckpointHandler()
     )
-    return ocp.Checkpointer(handlers)
+    process = jax.process_index()
+    # Any process of several may read and write these by itself; Orbax would wait for the others.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process} if jax.process_count() > 1 else None,
+        barrier_sync_key_prefix=f"process{process}" if jax.process_count() > 1 else None,
+    )
+    return ocp.Checkpointer(handlers, multiprocessing_options=alone)
 
 
 def digest(variables: Mapping) -> str:

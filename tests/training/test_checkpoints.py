@@ -90,9 +90,9 @@ def test_the_last_few_are_kept(tmp_path):
 
 def test_the_best_is_replaced_as_a_whole(tmp_path):
     first, second = state_of(0, ema=True), state_of(10, ema=True)
-    save_best(tmp_path, NETWORK, first, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, first.evaluated, IMAGENET_FORMAT)
     (tmp_path / "best.new").mkdir()  # of a run that was killed
-    save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, second.evaluated, IMAGENET_FORMAT)
     assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
