@@ -106,17 +106,21 @@ def _damage_named(path: Path) -> Iterator[None]:
 def _checkpointer():
     import orbax.checkpoint as ocp
 
+    options = {}
+    if jax.process_count() > 1:
+        # Any process may read and write these by itself; Orbax would wait for the others.
+        process = jax.process_index()
+        options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+            primary_host=process,
+            active_processes={process},
+            barrier_sync_key_prefix=f"process{process}",
+        )
     handlers = ocp.CompositeCheckpointHandler(
-        variables=ocp.StandardCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+        composite_options=ocp.CompositeOptions(**options),
+        variables=ocp.StandardCheckpointHandler(**options),
+        config=ocp.JsonCheckpointHandler(**options),
     )
-    process = jax.process_index()
-    # Any process of several may read and write these by itself; Orbax would wait for the others.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process,
-        active_processes={process} if jax.process_count() > 1 else None,
-        barrier_sync_key_prefix=f"process{process}" if jax.process_count() > 1 else None,
-    )
-    return ocp.Checkpointer(handlers, multiprocessing_options=alone)
+    return ocp.Checkpointer(handlers, **options)
 
 
 def digest(variables: Mapping) -> str:

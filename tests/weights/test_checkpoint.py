@@ -1,6 +1,11 @@
 """Checkpoints: what is read back, and what is refused."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -84,3 +89,46 @@ def test_damaged_arrays(tmp_path, network):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="ckpt: damaged checkpoint"):
         cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+
+
+ALONE = """
+import sys
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+port, index, path = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+from small import small_network
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.weights.checkpoint import digest, load_checkpoint, save_checkpoint
+
+if index == "0":
+    model, variables = small_network()
+    save_checkpoint(path, model, variables, IMAGENET_FORMAT)
+    assert digest(load_checkpoint(path).variables) == digest(variables)
+assert multihost_utils.broadcast_one_to_all(np.float32(1 + int(index))) == 1
+"""
+
+
+def test_one_of_two_processes_alone(tmp_path):
+    """While the other waits, as in an evaluation during training."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALONE, str(port), str(index), str(tmp_path / "ckpt")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
