@@ -39,7 +39,7 @@ def main(_) -> None:
     module = evaluate if config.mode == "eval" else loop
     try:
         prepared = module.prepare(config, Path(WORKDIR.value))
-    except (ValueError, OSError) as error:  # bad input, known before any long work
+    except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")
     try:
         module.run(prepared)
@@ -65,17 +65,22 @@ def _join(address: str) -> None:
 
 def _log_to_screen() -> None:
     """Our own messages from INFO on, those of the libraries from WARNING on."""
-    absl_logging.set_verbosity(absl_logging.WARNING)
     if rich.get_console().is_terminal:
         handler = RichHandler(show_path=False)  # goes well with a progress bar
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("cfbi_jax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    for name in ("cfbi_jax", "absl"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    # Libraries log through absl, too; of theirs, clu's progress alone is news.
+    logging.getLogger("absl").addFilter(
+        lambda record: record.levelno >= logging.WARNING or "clu" in Path(record.pathname).parts
+    )
 
 
 if __name__ == "__main__":

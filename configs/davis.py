@@ -25,7 +25,7 @@ from cfbi_jax.config import default_config, source
 def get_config():
     config = default_config()
     config.sources.davis = source(
-        root=config.data.get_ref("root"), resolution=config.data.get_ref("resolution")
+        root=config.data.get_oneway_ref("root"), resolution=config.data.get_oneway_ref("resolution")
     )
     config.batch_size = 6
     config.num_train_steps = 50_000

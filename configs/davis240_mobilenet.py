@@ -26,7 +26,7 @@ def get_config():
     )
     config.data.resolution = "240p"
     config.sources.davis = source(
-        root=config.data.get_ref("root"), resolution=config.data.get_ref("resolution")
+        root=config.data.get_oneway_ref("root"), resolution=config.data.get_oneway_ref("resolution")
     )
     config.clips.update(
         crop_size=161,

@@ -30,7 +30,7 @@ def get_config():
     config.data.dataset = "youtube_vos"
     config.data.split = "valid"
     config.sources.youtube_vos = source(
-        dataset="youtube_vos", root=config.data.get_ref("root"), split="train"
+        dataset="youtube_vos", root=config.data.get_oneway_ref("root"), split="train"
     )
     config.eval_every_steps = 0
     return config

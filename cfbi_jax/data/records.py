@@ -9,6 +9,7 @@ Only the frames asked for are read and decoded.
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -122,7 +123,9 @@ class RecordVideos:
             raise FileNotFoundError(f"{metadata}: no such file; expected a folder of records")
         self._videos: list[tuple[str, str, int, int]] = []
         first = 0
-        for video in json.loads(metadata.read_text())["videos"]:
+        videos = json.loads(metadata.read_text())["videos"]
+        self.digest = hashlib.blake2b(json.dumps(videos).encode(), digest_size=8).hexdigest()
+        for video in videos:
             length = len(video["frames"])
             self._videos.append((video["name"], video["reading"], first, length))
             first += length

@@ -28,12 +28,15 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
     """
     dataset, root = source["dataset"], source["root"]
     if dataset not in DATASETS:
-        raise ValueError(f'a source\'s dataset is "{dataset}"; expected one of {DATASETS}')
+        raise ValueError(f'config.sources.NAME.dataset is "{dataset}"; expected one of {DATASETS}')
     if dataset == "synthetic":
         videos = SyntheticVideos(seed, max_objects=max_objects)
     else:
         if not root:
-            raise ValueError(f"the root of the {dataset} source is empty; expected a folder")
+            raise ValueError(
+                f"the root of the {dataset} source is empty (config.sources.NAME.root); expected "
+                "the folder of the data set"
+            )
         names = split_names(source["sequences"]) or None
         split, year = source["split"], source["year"]
         if dataset == "davis":
@@ -50,6 +53,13 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
             prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
         )
     return StaticClips(videos) if source["static"] else videos
+
+
+def contents(source: ClipSource) -> str:
+    """Which files a source has: a hash of their names and sizes; "" for videos that are drawn."""
+    if isinstance(source, StaticClips):
+        source = source.source
+    return source.digest if isinstance(source, RecordVideos) else ""
 
 
 def _without(source: ConfigDict, names: list[str]) -> list[str]:

@@ -31,23 +31,22 @@ class StaticClips:
     def __init__(self, source: ClipSource, num_frames: int = 8):
         if num_frames < 2:
             raise ValueError(f"num_frames = {num_frames}; expected two at least for motion")
-        self._source = source
+        self.source = source
         self._num_frames = num_frames
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def video(self, index: int, rng: np.random.Generator) -> TrainingVideo:
-        """A video from a random frame that shows an object; determined by the state of `rng`.
-
-        Errors: ValueError if no frame shows an object; those of the source.
+        """A video from a random frame, one that shows an object if there is any; determined by the
+        state of `rng`. Errors: those of the source.
         """
-        video = self._source.video(index, rng)
+        video = self.source.video(index, rng)
         for t in rng.permutation(len(video)).tolist():
             label = video.mask(t)
             if len(objects_above(label, 0)):
-                return _moving_video(video.name, video.frame(t), label, self._num_frames, rng)
-        raise ValueError(f"{video.name}: no object in any of its {len(video)} masks")
+                break
+        return _moving_video(video.name, video.frame(t), label, self._num_frames, rng)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ Both kinds of folder are what `weights.checkpoint.load_checkpoint` reads. The po
 is the step. Folders appear complete or not at all.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -180,10 +183,21 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
+        if jax.process_count() > 1:  # the others look when it is gone
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
         self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def stored_config(workdir: Path) -> dict[str, Any] | None:
+    """`model`, `image_format` and `run` (the configuration) of the newest checkpoint that tells."""
+    folders = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):
+        with contextlib.suppress(OSError, ValueError):  # damaged: `restore` reports it
+            return json.loads((folder / "config" / "metadata").read_text())
+    return None
 
 
 def _first_line(error: Exception) -> str:

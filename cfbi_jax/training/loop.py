@@ -42,7 +42,8 @@ from cfbi_jax.data import loader
 from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.image_files import write_file
 from cfbi_jax.data.loader import ClipBatch, Clips
-from cfbi_jax.data.sources import clip_source
+from cfbi_jax.data.sources import clip_source, contents
+from cfbi_jax.inference import dataset
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import build_model
 from cfbi_jax.training import checkpoints, metric_writers, pictures, schedule
@@ -58,12 +59,13 @@ from cfbi_jax.training.step import (
     pack_rows,
     replicate,
 )
-from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
+from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint, stored_image_format
 from cfbi_jax.weights.initial import initial_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
 PROFILED_STEPS = 3
+NO_TRUTH = -1.0  # J&F where no truth is public: the newest weights count as the best
 AHEAD = 2  # batches that wait on the devices
 
 
@@ -80,6 +82,7 @@ class Training:
     """Everything that was read and checked before the work begins."""
 
     config: ConfigDict
+    plain: dict[str, Any]  # the configuration as JSON, and which videos it names
     workdir: Path
     clips: Clips
     start: Checkpoint
@@ -112,7 +115,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     )
     clip_options = ClipOptions(**config.clips)
     model = build_model(config.model.to_dict())
-    _check_unchanged(config, workdir)
+    plain = _plain(config)
+    begun = checkpoints.stored_config(workdir)
+    if begun:
+        _check_unchanged(begun["run"], plain, workdir)
     with _hold(workdir):  # before anything of a run that is at work there is touched
         pass
 
@@ -123,6 +129,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
         for source in config.sources.values()
     ]
+    plain["videos"] = [contents(source) for source, _ in sources]
+    if begun:
+        _check_unchanged(begun["run"], plain, workdir)
     clips = Clips(sources, clip_options, config.seed)
     clips.check_objects()
     LOGGER.info(
@@ -131,11 +140,17 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         clips.epoch_length,
         -(-config.batch_size * config.num_train_steps // clips.epoch_length),
     )
-    start = initial_checkpoint(model, config.init_from, config.seed)
+    if begun:  # the weights come from the run's own checkpoint
+        start = initial_checkpoint(model, "", config.seed)
+        image_format = stored_image_format(begun["image_format"])
+        start = dataclasses.replace(start, image_format=image_format)
+    else:
+        start = initial_checkpoint(model, config.init_from, config.seed)
     evaluation = None
     if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
-    return Training(config, workdir, clips, start, options, mesh, evaluation)
+        _check_results(config, workdir, bool(begun))
+    return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -161,17 +176,25 @@ def _quick(config: ConfigDict) -> ConfigDict:
     return quick
 
 
-def _check_unchanged(config: ConfigDict, workdir: Path) -> None:
+def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError if the run in `workdir` was started with another configuration."""
-    path = workdir / "config.json"
-    if not path.exists() or not any((workdir / "checkpoints").glob("[0-9]*")):
-        return
-    different = checkpoints.contradictions(json.loads(path.read_text()), _plain(config))
+    # Which videos there are is known later than the rest of `plain`.
+    different = checkpoints.contradictions({name: begun.get(name) for name in plain}, plain)
     if different:
         listing = "\n  ".join(different)
         raise ValueError(
             f"{workdir}: the run there was started with another configuration:\n  {listing}\n"
             "go on with the same values, or choose another --workdir"
+        )
+
+
+def _check_results(config: ConfigDict, workdir: Path, begun: bool) -> None:
+    """Raises ValueError where the final evaluation would meet results of something else."""
+    results = sorted((workdir / "segmented").glob("*.json"))
+    if results and not begun and not config.overwrite:
+        raise ValueError(
+            f"{results[0]}: results of another evaluation; choose another --workdir, or replace "
+            "them with --config.overwrite=True"
         )
 
 
@@ -193,6 +216,7 @@ def run(training: Training) -> None:
         stack.enter_context(_hold(training.workdir))
         _train(training, stack)
     _evaluate_best(training)
+    _from_primary(0.0)  # the other processes wait
 
 
 def _train(training: Training, stack: contextlib.ExitStack) -> None:
@@ -207,7 +231,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     )
     tx = schedule.optimizer(rate, config.weight_decay, config.momentum, config.max_gradient_norm)
     state = create_state(training.start.variables, tx, config.seed, config.ema_decay > 0)
-    plain = _plain(config)
+    plain = training.plain
     store = Checkpoints(workdir, config.keep_checkpoints, model, image_format, plain, mesh)
     stack.callback(store.close)
     store.check_room(state)
@@ -231,6 +255,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if reports:
         stack.callback(reports.close)
     scores = _Scores(training, first_step)
+    profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
     stopping = stack.enter_context(_sigterm(store))
@@ -255,7 +280,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         clip_batch, batch = next(batches)
         waited += time.perf_counter() - asked
         steps += 1
-        _profile(workdir, step - config.profile_at_step if config.profile_at_step else -1, state)
+        profile(step, state)
         state, metrics, prediction = train_step(state, batch)
         progress(step)
         if step == first_step + 1:
@@ -306,15 +331,16 @@ def _evaluate_best(training: Training) -> None:
         return
     best = training.workdir / "best"
     LOGGER.info("evaluation of %s", best)
+    config, workdir = training.config, training.workdir
     evaluation = evaluate.with_weights(training.evaluation, load_checkpoint(best).variables)
-    config = training.config
+    if not config.overwrite:
+        try:
+            dataset.check_made_by(evaluation.videos, workdir, evaluation.made_by)
+        except ValueError as error:
+            raise Refused(f"{error}\nthe weights are in {best}") from error
+    overwrite, overlays = config.overwrite, config.overlays
     evaluate.run(
-        dataclasses.replace(
-            evaluation,
-            workdir=training.workdir,
-            overwrite=config.overwrite,
-            overlays=config.overlays,
-        )
+        dataclasses.replace(evaluation, workdir=workdir, overwrite=overwrite, overlays=overlays)
     )
 
 
@@ -404,15 +430,33 @@ def device_batch(clips: ClipBatch, options: StepOptions, mesh: Mesh) -> Batch:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, sharding), local)
 
 
-def _profile(workdir: Path, position: int, state: TrainState) -> None:
-    """Writes a profile (XProf, Perfetto) of steps 0, 1, 2 after `config.profile_at_step`."""
-    if position == 0:
-        jax.block_until_ready(state.step)
-        jax.profiler.start_trace(workdir / "profile")
-    elif position == PROFILED_STEPS:
-        jax.block_until_ready(state.step)
+@contextlib.contextmanager
+def _profiler(workdir: Path, first: int) -> Iterator[Callable[[int, TrainState], None]]:
+    """Yields a function to call before every step: it writes a profile (XProf, Perfetto) of step
+    `first` and the next ones. 0: none."""
+    tracing = False
+
+    def stop() -> None:
+        nonlocal tracing
         jax.profiler.stop_trace()
-        LOGGER.info("wrote a profile of %d steps to %s", PROFILED_STEPS, workdir / "profile")
+        tracing = False
+        LOGGER.info("wrote a profile to %s", workdir / "profile")
+
+    def at(step: int, state: TrainState) -> None:
+        nonlocal tracing
+        if not tracing and step == first:
+            jax.block_until_ready(state.step)
+            jax.profiler.start_trace(workdir / "profile")
+            tracing = True
+        elif tracing and step == first + PROFILED_STEPS:
+            jax.block_until_ready(state.step)
+            stop()
+
+    try:
+        yield at
+    finally:
+        if tracing:
+            stop()
 
 
 def _memory() -> dict[str, float]:
@@ -474,7 +518,7 @@ class _Scores:
             self._lines = metric_writers.JsonLinesWriter(path)
             self._lines.truncate_after(first_step)
             lines = metric_writers.read_metrics(path)
-            self._scores = {line["step"]: line["J&F"] for line in lines}
+            self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
         # The other processes need to know whether an evaluation was interrupted, and no more.
         self._first_is_done = bool(_from_primary(float(first_step in self._scores)))
         self._first_step = first_step
@@ -496,16 +540,16 @@ class _Scores:
         LOGGER.info("evaluation at step %d", step)
         evaluation = evaluate.with_weights(training.evaluation, variables)
         means = evaluate.summary(evaluate.run(evaluation, quiet=True))
-        # Without public truth the newest weights count as the best.
-        score = means.setdefault("J&F", float(step))
+        score = means.get("J&F", NO_TRUTH)
         if score >= max(self._scores.values(), default=score):
             start = training.start
             checkpoints.save_best(training.workdir, start.model, variables, start.image_format)
         self._scores[step] = score
         self._lines.write_scalars(step, means)
-        best = max(self._scores, key=self._scores.get)
-        message = "step %d: J&F %.4f; best %.4f at step %d"
-        LOGGER.info(message, step, score, self._scores[best], best)
+        if means:
+            best = max(self._scores, key=self._scores.get)
+            message = "step %d: J&F %.4f; best %.4f at step %d"
+            LOGGER.info(message, step, score, self._scores[best], best)
 
 
 def _from_primary(value: float) -> float:

@@ -225,9 +225,8 @@ def _device_gradients(model, image_format, options, params, frozen, step, key, b
         gradient, outputs = jax.lax.scan(part_gradient, zeros, batch)
         gradient = jax.tree.map(lambda x: x / parts, gradient)
     losses, counts, prediction = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-    gradient, loss, iou_sum, objects = jax.lax.pmean(
-        (gradient, jnp.mean(losses), jnp.sum(counts[:, 0]), jnp.sum(counts[:, 1])), "data"
-    )
+    gradient, loss = jax.lax.pmean((gradient, jnp.mean(losses)), "data")
+    iou_sum, objects = jax.lax.psum(jnp.sum(counts, axis=0), "data")
     metrics = {"loss": loss, "iou": iou_sum / jnp.maximum(objects, 1)}
     return gradient, metrics, losses, prediction
 

@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             path, args=ocp.args.Composite(config=ocp.args.JsonRestore())
         )
         model = build_model(restored["config"]["model"])
-        image_format = _image_format(restored["config"]["image_format"])
+        image_format = stored_image_format(restored["config"]["image_format"])
         stored = checkpointer.metadata(path).item_metadata["variables"]
         check_shapes(stored.tree, model, path)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -132,7 +132,8 @@ def digest(variables: Mapping) -> str:
     return state.hexdigest()
 
 
-def _image_format(config: Mapping) -> ImageFormat:
+def stored_image_format(config: Mapping) -> ImageFormat:
+    """An image format as a checkpoint's JSON holds it."""
     return ImageFormat(config["channel_order"], tuple(config["mean"]), tuple(config["std"]))
 
 

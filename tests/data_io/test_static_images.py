@@ -229,10 +229,14 @@ def test_only_frames_with_an_object_are_taken():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="still: no object in any of its 2 masks"):
-        moving(Still(np.zeros((2, 40, 40), np.uint8)), 0)
     with pytest.raises(ValueError, match="num_frames = 1; expected two"):
         static_images.StaticClips(OneVideo(Still(two_objects())), 1)
+
+
+def test_a_video_without_objects_moves_all_the_same():
+    video = moving(Still(np.zeros((2, 40, 40), np.uint8)), 0)
+    assert not any(video.mask(t).any() for t in range(len(video)))
+    assert video.frame(3).shape == (40, 40, 3)
 
 
 def test_clips_are_made_of_it():

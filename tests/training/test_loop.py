@@ -392,7 +392,7 @@ def test_a_full_disk(config, whole, tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited(self, state):
-        small = 50_000 if int(state.step) == 4 else limits[0]
+        small = 50_000 if int(state.step) >= 4 else limits[0]
         resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
         save(self, state)
         self._manager.wait_until_finished() if small == limits[0] else None
