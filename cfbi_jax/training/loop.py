@@ -271,13 +271,24 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     batches = stack.enter_context(_on_devices(stack.enter_context(stream), training))
     train_step = make_train_step(model, image_format, tx, training.options, mesh)
 
+    def stop(state: TrainState, step: int) -> None:
+        _check_finite(training, state)
+        store.save(state)
+        store.wait()
+        raise Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+
     # ---- Steps ----
     if scores.due(first_step):  # the run was killed during this evaluation
         scores.evaluate(state, first_step)
     waited, steps, since = 0.0, 0, time.perf_counter()
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
-        clip_batch, batch = next(batches)
+        try:
+            clip_batch, batch = next(batches)
+        except Exception:
+            if stopping(step - 1):  # the signal may have ended the workers, too
+                stop(state, step - 1)
+            raise
         waited += time.perf_counter() - asked
         steps += 1
         profile(step, state)
@@ -309,10 +320,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             scores.evaluate(state, step)
             waited, steps, since = 0.0, 0, time.perf_counter()
         if stopping(step) and step < last_step:
-            _check_finite(training, state)
-            store.save(state)
-            store.wait()
-            raise Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+            stop(state, step)
     store.wait()
 
 
