@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import threading
@@ -46,11 +45,11 @@ from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.inference import dataset
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import build_model
-from cfbi_jax.training import checkpoints, metric_writers, pictures, schedule
+from cfbi_jax.training import checkpoints, metric_writers, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.diagnosis import NotFinite, explain
+from cfbi_jax.training.reports import Reports, Scores, every, from_primary, memory
 from cfbi_jax.training.step import (
-    FIRST_CURRENT,
     Batch,
     StepOptions,
     TrainState,
@@ -65,7 +64,6 @@ from cfbi_jax.weights.initial import initial_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 PROFILED_STEPS = 3
-NO_TRUTH = -1.0  # J&F where no truth is public: the newest weights count as the best
 AHEAD = 2  # batches that wait on the devices
 
 
@@ -216,7 +214,7 @@ def run(training: Training) -> None:
         stack.enter_context(_hold(training.workdir))
         _train(training, stack)
     _evaluate_best(training)
-    _from_primary(0.0)  # the other processes wait
+    from_primary(0.0)  # the other processes wait
 
 
 def _train(training: Training, stack: contextlib.ExitStack) -> None:
@@ -251,10 +249,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     # ---- Reports ----
     _, periodic_actions = metric_writers.import_clu()
     progress = periodic_actions.ReportProgress(num_train_steps=last_step, every_secs=60)
-    reports = _Reports(workdir, first_step) if primary else None
+    reports = Reports(workdir, first_step) if primary else None
     if reports:
         stack.callback(reports.close)
-    scores = _Scores(training, first_step)
+    scores = Scores(config, workdir, training.start, training.evaluation, first_step)
     profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
@@ -299,7 +297,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             LOGGER.info("first step, with compilation: %.0f s", time.perf_counter() - since)
             waited, steps, since = 0.0, 0, time.perf_counter()
 
-        if _every(step, config.log_every_steps) or step == last_step:
+        if every(step, config.log_every_steps) or step == last_step:
             logged = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
             _check_finite(training, state)
             if reports:
@@ -308,11 +306,11 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
                     seconds = (time.perf_counter() - since) / steps
                     logged |= {"clips_per_second": config.batch_size / seconds}
                     logged |= {"data_wait": waited / steps}
-                reports.log(step, logged | _memory())
+                reports.log(step, logged | memory())
             waited, steps, since = 0.0, 0, time.perf_counter()
-        if reports and _every(step, config.picture_every_steps):
+        if reports and every(step, config.picture_every_steps):
             reports.picture(step, clip_batch, prediction)
-        if _every(step, config.checkpoint_every_steps) or step == last_step or scores.due(step):
+        if every(step, config.checkpoint_every_steps) or step == last_step or scores.due(step):
             _check_finite(training, state)
             store.save(state)
         if scores.due(step):
@@ -322,10 +320,6 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         if stopping(step) and step < last_step:
             stop(state, step)
     store.wait()
-
-
-def _every(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
 
 
 def _check_finite(training: Training, state: TrainState) -> None:
@@ -465,105 +459,3 @@ def _profiler(workdir: Path, first: int) -> Iterator[Callable[[int, TrainState],
     finally:
         if tracing:
             stop()
-
-
-def _memory() -> dict[str, float]:
-    """Peak memory so far in MiB: of the first device, where it tells, and of this process."""
-    memory = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        memory["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
-    return memory
-
-
-class _Reports:
-    """What a person follows the run with."""
-
-    def __init__(self, workdir: Path, first_step: int):
-        self._writer = metric_writers.create_writer(workdir, first_step + 1)
-        self._folder = workdir / "pictures"
-
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
-        metrics.pop("finite")
-        self._writer.write_scalars(step, metrics)
-        speed = ""
-        if "data_wait" in metrics:
-            wait = 1000 * metrics["data_wait"]
-            speed = f", {metrics['clips_per_second']:.2f} clips/s, {wait:.0f} ms waiting for data"
-        LOGGER.info("step %d: loss %.4f, IoU %.3f%s", step, metrics["loss"], metrics["iou"], speed)
-
-    def picture(self, step: int, clips: ClipBatch, prediction: jax.Array) -> None:
-        """The first clip's current frames: reference, previous, prediction, truth."""
-        predicted = np.asarray(prediction.addressable_shards[0].data)[0]
-        frames, labels = clips["frames"][0], clips["labels"][0]
-        strips = [
-            pictures.strip(
-                *(frames[0], labels[0]),
-                *(frames[t - 1], labels[t - 1]),
-                *(frames[t], predicted[t - FIRST_CURRENT], labels[t]),
-            )
-            for t in range(FIRST_CURRENT, len(frames))
-        ]
-        pictures.write_strips(self._folder / f"{step:07d}.png", strips)
-        self._writer.write_images(step, {"clip": pictures.stack(strips)[None]})
-
-    def close(self) -> None:
-        self._writer.flush()
-        self._writer.close()
-
-
-class _Scores:
-    """Evaluations on the way, by the first process: which are due, and the best so far."""
-
-    def __init__(self, training: Training, first_step: int):
-        self._training = training
-        self._wanted = training.config.mode == "train_and_eval"
-        self._scores: dict[int, float] = {}
-        if training.evaluation is not None:
-            checkpoints.mend_best(training.workdir)
-            path = training.workdir / metric_writers.EVALUATIONS_FILE
-            self._lines = metric_writers.JsonLinesWriter(path)
-            self._lines.truncate_after(first_step)
-            lines = metric_writers.read_metrics(path)
-            self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
-        # The other processes need to know whether an evaluation was interrupted, and no more.
-        self._first_is_done = bool(_from_primary(float(first_step in self._scores)))
-        self._first_step = first_step
-
-    def due(self, step: int) -> bool:
-        config = self._training.config
-        wanted = _every(step, config.eval_every_steps) or step == config.num_train_steps
-        done = step == 0 or (step == self._first_step and self._first_is_done)
-        return self._wanted and wanted and not done
-
-    def evaluate(self, state: TrainState, step: int) -> None:
-        """Scores the weights to evaluate, and keeps them in OUT/best if none were better."""
-        if self._training.evaluation is not None:
-            self._evaluate(jax.tree.map(np.asarray, state.evaluated), step)
-        _from_primary(0.0)  # the others wait
-
-    def _evaluate(self, variables: dict, step: int) -> None:
-        training = self._training
-        LOGGER.info("evaluation at step %d", step)
-        evaluation = evaluate.with_weights(training.evaluation, variables)
-        means = evaluate.summary(evaluate.run(evaluation, quiet=True))
-        score = means.get("J&F", NO_TRUTH)
-        if score >= max(self._scores.values(), default=score):
-            start = training.start
-            checkpoints.save_best(training.workdir, start.model, variables, start.image_format)
-        self._scores[step] = score
-        self._lines.write_scalars(step, means)
-        if means:
-            best = max(self._scores, key=self._scores.get)
-            message = "step %d: J&F %.4f; best %.4f at step %d"
-            LOGGER.info(message, step, score, self._scores[best], best)
-
-
-def _from_primary(value: float) -> float:
-    """The first process' value, in all processes."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))

@@ -1,0 +1,134 @@
+"""What a run tells: metrics, pictures, and evaluations on the way with the best weights."""
+
+import logging
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from cfbi_jax import evaluate
+from cfbi_jax.data.loader import ClipBatch
+from cfbi_jax.training import checkpoints, metric_writers, pictures
+from cfbi_jax.training.step import FIRST_CURRENT, TrainState
+from cfbi_jax.weights.checkpoint import Checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+NO_TRUTH = -1.0  # J&F where no truth is public: the newest weights count as the best
+
+
+def every(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def memory() -> dict[str, float]:
+    """Peak memory so far in MiB: of the first device, where it tells, and of this process."""
+    memory = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        memory["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
+    return memory
+
+
+class Reports:
+    """What a person follows the run with."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._writer = metric_writers.create_writer(workdir, first_step + 1)
+        self._folder = workdir / "pictures"
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
+        metrics.pop("finite")
+        self._writer.write_scalars(step, metrics)
+        speed = ""
+        if "data_wait" in metrics:
+            wait = 1000 * metrics["data_wait"]
+            speed = f", {metrics['clips_per_second']:.2f} clips/s, {wait:.0f} ms waiting for data"
+        LOGGER.info("step %d: loss %.4f, IoU %.3f%s", step, metrics["loss"], metrics["iou"], speed)
+
+    def picture(self, step: int, clips: ClipBatch, prediction: jax.Array) -> None:
+        """The first clip's current frames: reference, previous, prediction, truth."""
+        predicted = np.asarray(prediction.addressable_shards[0].data)[0]
+        frames, labels = clips["frames"][0], clips["labels"][0]
+        strips = [
+            pictures.strip(
+                *(frames[0], labels[0]),
+                *(frames[t - 1], labels[t - 1]),
+                *(frames[t], predicted[t - FIRST_CURRENT], labels[t]),
+            )
+            for t in range(FIRST_CURRENT, len(frames))
+        ]
+        pictures.write_strips(self._folder / f"{step:07d}.png", strips)
+        self._writer.write_images(step, {"clip": pictures.stack(strips)[None]})
+
+    def close(self) -> None:
+        self._writer.flush()
+        self._writer.close()
+
+
+class Scores:
+    """Evaluations on the way, by the first process: which are due, and the best so far."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        start: Checkpoint,
+        evaluation: evaluate.Evaluation | None,
+        first_step: int,
+    ):
+        """`evaluation`: what to do, in the first process; `start`: of the network evaluated."""
+        self._config, self._workdir = config, workdir
+        self._start, self._evaluation = start, evaluation
+        self._scores: dict[int, float] = {}
+        if evaluation is not None:
+            checkpoints.mend_best(workdir)
+            path = workdir / metric_writers.EVALUATIONS_FILE
+            self._lines = metric_writers.JsonLinesWriter(path)
+            self._lines.truncate_after(first_step)
+            lines = metric_writers.read_metrics(path)
+            self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
+        # The other processes need to know whether an evaluation was interrupted, and no more.
+        self._first_is_done = bool(from_primary(float(first_step in self._scores)))
+        self._first_step = first_step
+
+    def due(self, step: int) -> bool:
+        config = self._config
+        wanted = config.mode == "train_and_eval"
+        wanted &= every(step, config.eval_every_steps) or step == config.num_train_steps
+        done = step == 0 or (step == self._first_step and self._first_is_done)
+        return wanted and not done
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Scores the weights to evaluate, and keeps them in OUT/best if none were better."""
+        if self._evaluation is not None:
+            self._evaluate(jax.tree.map(np.asarray, state.evaluated), step)
+        from_primary(0.0)  # the others wait
+
+    def _evaluate(self, variables: dict, step: int) -> None:
+        LOGGER.info("evaluation at step %d", step)
+        evaluation = evaluate.with_weights(self._evaluation, variables)
+        means = evaluate.summary(evaluate.run(evaluation, quiet=True))
+        score = means.get("J&F", NO_TRUTH)
+        if score >= max(self._scores.values(), default=score):
+            model, image_format = self._start.model, self._start.image_format
+            checkpoints.save_best(self._workdir, model, variables, image_format)
+        self._scores[step] = score
+        self._lines.write_scalars(step, means)
+        if means:
+            best = max(self._scores, key=self._scores.get)
+            message = "step %d: J&F %.4f; best %.4f at step %d"
+            LOGGER.info(message, step, score, self._scores[best], best)
+
+
+def from_primary(value: float) -> float:
+    """The first process' value, in all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))
