@@ -23,3 +23,14 @@ def use_compilation_cache(path: str | None = DEFAULT) -> Path | None:
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     return Path(path)
+
+
+def compiler_options() -> dict[str, str] | None:
+    """Options of `jax.jit` for everything that runs the network.
+
+    XLA's CPU backend removes optimisation barriers before it fuses operations, so that chains of
+    them are computed once more in every consumer: this pass does it, and is left out.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}

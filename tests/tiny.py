@@ -16,7 +16,7 @@ import numpy as np
 
 from cfbi_jax.models import cfbi
 from cfbi_jax.models.cfbi import CFBI
-from cfbi_jax.models.layers import Conv, FrozenBatchNorm
+from cfbi_jax.models.layers import Conv, FrozenBatchNorm, dropout
 from cfbi_jax.training.step import Batch, pack_rows
 
 SIZE = (33, 49)
@@ -34,11 +34,11 @@ class TinyDeepLab(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, images, deterministic=True):
+    def __call__(self, images, dropout_keys=None):
         x = Conv(12, 3, stride=2, padding=1, name="conv1")(images)
         x = Conv(12, 3, stride=2, padding=1, name="conv2")(nn.relu(FrozenBatchNorm(name="bn")(x)))
         low_level = nn.relu(x)
-        x = nn.Dropout(self.dropout)(low_level, deterministic=deterministic)
+        x = low_level if dropout_keys is None else dropout(low_level, self.dropout, dropout_keys)
         return nn.relu(Conv(self.features, 3, use_bias=True, name="conv3")(x)), low_level
 
 

@@ -54,16 +54,15 @@ def instance_vector(
 
 
 class Gate(nn.Module):
-    """Channel gate `x * (1 + tanh(W v + c))` from the instance vector v (paper Fig. 4)."""
+    """Channel gate `1 + tanh(W v + c)` from the instance vector v (paper Fig. 4)."""
 
+    features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "n h w c"], vector: Float[Array, "n d"]
-    ) -> Float[Array, "n h w c"]:
-        gate = nn.Dense(x.shape[-1], kernel_init=DENSE_INIT, name="linear")(vector)
-        return x * (1 + jnp.tanh(gate))[:, None, None, :].astype(self.dtype)
+    def __call__(self, vector: Float[Array, "n d"]) -> Float[Array, "n 1 1 features"]:
+        gate = nn.Dense(self.features, kernel_init=DENSE_INIT, name="linear")(vector)
+        return (1 + jnp.tanh(gate))[:, None, None, :].astype(self.dtype)
 
 
 class DynamicLogit(nn.Module):

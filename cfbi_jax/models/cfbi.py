@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from cfbi_jax.models import matching
 from cfbi_jax.models.attention import instance_vector
@@ -125,15 +125,18 @@ class CFBI(nn.Module):
             self.foreground_bias = self.param("foreground_bias", nn.initializers.zeros_init(), ())
 
     def embed(
-        self, images: Float[Array, "b height width 3"], deterministic: bool = True
+        self,
+        images: Float[Array, "b height width 3"],
+        dropout_keys: Key[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w low"]]:
         """Normalised images -> (pixel embedding, low-level features), both at stride 4, float32.
 
-        Heights and widths are `16 k + 1`; h = ceil(height / 4).
+        Heights and widths are `16 k + 1`; h = ceil(height / 4). `dropout_keys`: one for every
+        image, while training.
         """
         # float32 products default to TF32 on GPUs, which distances and golden numbers do not stand.
         with jax.default_matmul_precision("highest"):
-            features, low_level = self.deeplab(images, deterministic)
+            features, low_level = self.deeplab(images, dropout_keys)
             embedding = self.pixel_embedding(features)
         return embedding.astype(jnp.float32), low_level.astype(jnp.float32)
 
@@ -149,6 +152,7 @@ class CFBI(nn.Module):
         num_objects: Int[Array, " b"],
         num_rows: int,
         packing: Packing | None = None,
+        rows_at_once: int | None = None,
     ) -> Float[Array, "b rows h w"]:
         """Logits at stride 4 of every row: 0 is the background, 1..num_objects[b] the objects.
 
@@ -157,7 +161,8 @@ class CFBI(nn.Module):
         meaningless and reaches no real row: `mask_padding` takes them out of a softmax.
 
         The head works on all `b * num_rows` rows, or with `packing`, which has to name every row up
-        to `num_objects[b]`, on those alone.
+        to `num_objects[b]`, on those alone. `rows_at_once` bounds its memory: that many rows at a
+        time, one group after the other.
         """
         with jax.default_matmul_precision("highest"):
             rows = jnp.arange(num_rows)
@@ -171,31 +176,6 @@ class CFBI(nn.Module):
             maps, mask = self._distance_maps(
                 reference, reference_label, previous, previous_label, current, valid
             )
-            batch, height, width, _ = current.shape
-
-            def per_row(x):  # [b, rows, ...] -> [n, ...]
-                if packing is None:
-                    return x.reshape(-1, *x.shape[2:])
-                return x[jnp.minimum(packing.sample, batch - 1), packing.row]
-
-            def shared(x):  # [b, ...] -> [n, ...]
-                if packing is None:
-                    return per_row(jnp.broadcast_to(x[:, None], (batch, num_rows, *x.shape[1:])))
-                return x[jnp.minimum(packing.sample, batch - 1)]
-
-            def unpacked(x):  # [n, h, w] -> [b, rows, h, w]
-                if packing is None:
-                    return x.reshape(batch, num_rows, height, width)
-                empty = jnp.zeros((batch, num_rows, height, width), x.dtype)
-                return empty.at[packing.sample, packing.row].set(x, mode="drop")
-
-            mask, previous_rows = per_row(mask), shared(previous)
-            features = [shared(current), previous_rows * mask]
-            if self.pixel_background:
-                features.append(previous_rows * (1 - mask))
-            features.append(self.matching_feature(per_row(maps)).astype(jnp.float32))
-            features = jnp.concatenate(features, axis=-1).astype(self.compute_dtype)
-
             vector = None
             if self.instance_attention:
                 vector = instance_vector(
@@ -208,9 +188,67 @@ class CFBI(nn.Module):
                     self.instance_background,
                 )
                 self.sow("intermediates", "instance_vector", vector)
-                vector = per_row(vector)
-            foreground, background = self.ensembler(features, shared(low_level), vector)
-            return augment_background(unpacked(foreground), unpacked(background), valid)
+
+            arrays = maps, mask, vector, previous, current, low_level
+            batch, height, width, _ = current.shape
+            if packing is None and rows_at_once is None:
+                logits = self._head(*arrays, None)
+                foreground, background = (x.reshape(*maps.shape[:4]) for x in logits)
+                return augment_background(foreground, background, valid)
+
+            if packing is None:
+                packing = _all_rows(batch, num_rows)
+            if rows_at_once is None:
+                logits = self._head(*arrays, packing)
+            else:
+                groups = _groups(packing, rows_at_once, batch)
+                in_groups = nn.scan(
+                    lambda module, carry, group: (carry, module._head(*arrays, group)),
+                    variable_broadcast=("params", "frozen"),
+                    split_rngs={"params": False},
+                )
+                _, logits = in_groups(self, (), groups)
+                logits = jax.tree.map(lambda x: x.reshape(-1, height, width), logits)
+                packing = jax.tree.map(lambda x: x.reshape(-1), groups)
+
+            def unpacked(x):  # [n, h, w] -> [b, rows, h, w]
+                empty = jnp.zeros((batch, num_rows, height, width), x.dtype)
+                return empty.at[packing.sample, packing.row].set(x, mode="drop")
+
+            foreground, background = (unpacked(x) for x in logits)
+            return augment_background(foreground, background, valid)
+
+    def _head(
+        self,
+        maps: Float[Array, "b rows h w maps"],
+        mask: Float[Array, "b rows h w 1"],
+        vector: Float[Array, "b rows d"] | None,
+        previous: Float[Array, "b h w c"],
+        current: Float[Array, "b h w c"],
+        low_level: Float[Array, "b h w low"],
+        packing: Packing | None,
+    ) -> tuple[Float[Array, "n h w"], Float[Array, "n h w"]]:
+        """Foreground and background logits of the rows of `packing`, or of all."""
+        batch, num_rows = maps.shape[:2]
+
+        def per_row(x):  # [b, rows, ...] -> [n, ...]
+            if packing is None:
+                return x.reshape(-1, *x.shape[2:])
+            return x[jnp.minimum(packing.sample, batch - 1), packing.row]
+
+        def shared(x):  # [b, ...] -> [n, ...]
+            if packing is None:
+                return per_row(jnp.broadcast_to(x[:, None], (batch, num_rows, *x.shape[1:])))
+            return x[jnp.minimum(packing.sample, batch - 1)]
+
+        mask, previous_rows = per_row(mask), shared(previous)
+        features = [shared(current), previous_rows * mask]
+        if self.pixel_background:
+            features.append(previous_rows * (1 - mask))
+        features.append(self.matching_feature(per_row(maps)).astype(jnp.float32))
+        features = jnp.concatenate(features, axis=-1).astype(self.compute_dtype)
+        vector = None if vector is None else per_row(vector)
+        return self.ensembler(features, shared(low_level), vector)
 
     def _distance_maps(
         self, reference, reference_label, previous, previous_label, current, valid
@@ -271,6 +309,19 @@ class CFBI(nn.Module):
             ones * (num_rows - 1),
             num_rows,
         )
+
+
+def _all_rows(batch: int, num_rows: int) -> Packing:
+    sample, row = jnp.divmod(jnp.arange(batch * num_rows), num_rows)
+    return Packing(sample, row)
+
+
+def _groups(packing: Packing, size: int, batch: int) -> Packing:
+    """Arrays `[groups, size]`; the last group is filled up with padding."""
+    missing = -packing.row.shape[0] % size
+    sample = jnp.pad(packing.sample, (0, missing), constant_values=batch)
+    row = jnp.pad(packing.row, (0, missing))
+    return Packing(sample.reshape(-1, size), row.reshape(-1, size))
 
 
 def augment_background(

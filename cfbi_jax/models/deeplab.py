@@ -3,9 +3,9 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from cfbi_jax.models.layers import Conv, FrozenBatchNorm, resize
+from cfbi_jax.models.layers import Conv, FrozenBatchNorm, ResizedConv, dropout
 from cfbi_jax.models.mobilenet_v2 import MobileNetV2
 from cfbi_jax.models.resnet import ResNet
 
@@ -30,6 +30,18 @@ class ConvBnRelu(nn.Module):
         return nn.relu(FrozenBatchNorm(dtype=self.dtype, name="bn")(x))
 
 
+class ResizedConvBnRelu(nn.Module):
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], skip: Float[Array, "b oh ow d"]
+    ) -> Float[Array, "b oh ow features"]:
+        x = ResizedConv(self.features, "bilinear", self.dtype, name="conv")(x, skip)
+        return nn.relu(FrozenBatchNorm(dtype=self.dtype, name="bn")(x))
+
+
 class Aspp(nn.Module):
     """Parallel 1x1, three dilated 3x3 and a global average, concatenated and projected."""
 
@@ -39,7 +51,7 @@ class Aspp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], deterministic: bool = True
+        self, x: Float[Array, "b h w c"], dropout_keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b h w features"]:
         branches = [ConvBnRelu(self.features, dtype=self.dtype, name="aspp1")(x)]
         for i, dilation in enumerate(ASPP_DILATIONS, 2):
@@ -50,7 +62,7 @@ class Aspp(nn.Module):
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = jnp.concatenate(branches, axis=-1)
         x = ConvBnRelu(self.features, dtype=self.dtype, name="project")(x)
-        return nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return x if dropout_keys is None else dropout(x, self.dropout, dropout_keys)
 
 
 class Decoder(nn.Module):
@@ -65,8 +77,7 @@ class Decoder(nn.Module):
         self, x: Float[Array, "b h16 w16 c"], low_level: Float[Array, "b h4 w4 low"]
     ) -> Float[Array, "b h4 w4 features"]:
         low = ConvBnRelu(self.low_level_features, dtype=self.dtype, name="low_level")(low_level)
-        x = jnp.concatenate([resize(x, low.shape[1:3]), low], axis=-1)
-        x = ConvBnRelu(self.features, 3, dtype=self.dtype, name="conv1")(x)
+        x = ResizedConvBnRelu(self.features, dtype=self.dtype, name="conv1")(x, low)
         return ConvBnRelu(self.features, 3, dtype=self.dtype, name="conv2")(x)
 
 
@@ -82,9 +93,12 @@ class DeepLab(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "b h w 3"], deterministic: bool = True
+        self, images: Float[Array, "b h w 3"], dropout_keys: Key[Array, " b"] | None = None
     ) -> tuple[Float[Array, "b h4 w4 features"], Float[Array, "b h4 w4 low"]]:
-        """Returns (decoder output, low-level backbone features), both at stride 4."""
+        """Returns (decoder output, low-level backbone features), both at stride 4.
+
+        `dropout_keys` are one key per image, while training.
+        """
         if self.backbone == "resnet101":
             backbone = ResNet(self.resnet_blocks, self.resnet_width, self.dtype, name="backbone")
         elif self.backbone == "mobilenet_v2":
@@ -94,7 +108,7 @@ class DeepLab(nn.Module):
                 f'backbone is "{self.backbone}"; expected "resnet101" or "mobilenet_v2"'
             )
         x, low_level = backbone(images.astype(self.dtype))
-        x = Aspp(self.features, self.dropout, self.dtype, name="aspp")(x, deterministic)
+        x = Aspp(self.features, self.dropout, self.dtype, name="aspp")(x, dropout_keys)
         low_dim = self.features * 3 // 16
         x = Decoder(self.features, low_dim, self.dtype, name="decoder")(x, low_level)
         return x, low_level

@@ -18,7 +18,14 @@ from jaxtyping import Array, Float
 
 from cfbi_jax.models.attention import DynamicLogit, Gate, StaticLogit
 from cfbi_jax.models.deeplab import ASPP_DILATIONS
-from cfbi_jax.models.layers import Conv, GatedChannelTransform, group_norm, groups_of, resize
+from cfbi_jax.models.layers import (
+    Conv,
+    GatedChannelTransform,
+    ResizedConv,
+    group_norm,
+    groups_of,
+    residual,
+)
 
 # (output width in units of `features`, stride, dilation) of layer1 .. layer8
 BLOCKS = ((1, 1, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (2, 1, 4), (2, 2, 1), (2, 1, 2), (2, 1, 4))
@@ -51,7 +58,7 @@ class ResBlock(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.features:
             x = Conv(self.features, stride=self.stride, dtype=dtype, name="downsample_conv")(x)
             x = _norm(x, dtype, "downsample_norm")
-        return nn.relu(x + y)
+        return nn.relu(residual(x, y))
 
 
 class GctConvNorm(nn.Module):
@@ -122,7 +129,7 @@ class CollaborativeEnsembler(nn.Module):
         dtype, half = self.dtype, self.features // 2
 
         def gated(x, name):
-            return x if vector is None else Gate(dtype=dtype, name=name)(x, vector)
+            return x if vector is None else x * Gate(x.shape[-1], dtype, name=name)(vector)
 
         for i, (width, stride, dilation) in enumerate(BLOCKS, 1):
             x = gated(x, f"gate{i}")
@@ -132,12 +139,15 @@ class CollaborativeEnsembler(nn.Module):
         x = gated(x, "gate9")
         x = EnsemblerAspp(self.features, dtype, name="aspp")(x)
 
-        x = resize(x, skip.shape[1:3], "bicubic")
         skip = GatedChannelTransform(name="skip_gct")(skip)
         skip = Conv(half // 2, dtype=dtype, name="skip_conv")(skip)
         skip = nn.relu(_norm(skip, dtype, "skip_norm", limit=16))
-        x = gated(jnp.concatenate([x, skip], axis=-1), "gate10")
-        x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv1")(x), dtype, "norm1"))
+        if vector is not None:  # of the resized pyramid and the skip
+            deep = x.shape[-1]
+            gate = Gate(deep + skip.shape[-1], dtype, name="gate10")(vector)
+            x, skip = x * gate[..., :deep], skip * gate[..., deep:]
+        x = ResizedConv(half, "bicubic", dtype, name="conv1")(x, skip)
+        x = nn.relu(_norm(x, dtype, "norm1"))
         x = gated(x, "gate11")
         x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv2")(x), dtype, "norm2"))
         return LogitPair(name="logits")(x, vector)
@@ -159,7 +169,7 @@ class FeelvosHead(nn.Module):
         dtype = self.dtype
         for i in range(1, FEELVOS_LAYERS + 1):
             if vector is not None:
-                x = Gate(dtype=dtype, name=f"gate{i}")(x, vector)
+                x = x * Gate(x.shape[-1], dtype, name=f"gate{i}")(vector)
             x = Conv(
                 x.shape[-1],
                 FEELVOS_KERNEL,

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 NORM_EPSILON = 1e-5
+# Pixels of a matrix product of `_kernel_gradient`: enough to be fast, few enough for the cache.
+GRADIENT_PIXELS = 4096
 
 
 def conv2d(
@@ -33,19 +35,28 @@ def conv2d(
     computes both several times faster than its own convolution on CPUs, with the same numbers.
     """
     if depthwise:
-        return _depthwise_conv2d(x, kernel, stride, dilation, padding)
+        return _depthwise(x, kernel, stride, dilation, (padding, padding))
     margins = [padding, padding]
     for axis, size in enumerate(x.shape[1:3]):
         if kernel.shape[axis] == 3 and padding == dilation >= size:  # outer taps see zeros alone
             kernel = jax.lax.slice_in_dim(kernel, 1, 2, axis=axis)
             margins[axis] = 0
     if kernel.shape[:2] == (1, 1) and margins == [0, 0]:
-        return jnp.einsum("bhwi,io->bhwo", x[:, ::stride, ::stride], kernel[0, 0])
+        return _pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     return _convolve(x, kernel, stride, dilation, tuple(margins))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve(x, kernel, stride, dilation, margins):
+    by_xla = partial(_convolve_by_xla, stride=stride, dilation=dilation, margins=margins)
+    if not _mostly_padding(kernel, stride, dilation, margins):
+        return by_xla(x, kernel)
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(_convolve_by_rows, dilation=dilation), default=by_xla
+    )
+
+
+def _convolve_by_xla(x, kernel, stride, dilation, margins):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -64,25 +75,148 @@ def _convolve_backward(stride, dilation, margins, residuals, gradient):
     x, kernel = residuals
 
     def convolve(x, kernel):
-        return _convolve.fun(x, kernel, stride, dilation, margins)
+        return _convolve_by_xla(x, kernel, stride, dilation, margins)
 
     def by_xla(x, kernel, gradient):
         return jax.linear_transpose(partial(convolve, x), kernel)(gradient)[0]
 
     def by_taps(x, kernel, gradient):
-        """One matrix product per tap: on CPUs several times faster than XLA's convolution."""
-        products = [
-            jnp.einsum("bhwi,bhwo->io", window, gradient)
-            for window in _windows(x, kernel.shape[:2], stride, dilation, margins)
-        ]
-        return jnp.stack(products).reshape(kernel.shape)
+        return _kernel_gradient(x, gradient, kernel.shape[:2], stride, dilation, margins)
 
-    (input_gradient,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
+    if _mostly_padding(kernel, stride, dilation, margins):
+        turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+        input_gradient = _convolve.fun(gradient, turned, stride, dilation, margins)
+    else:
+        (input_gradient,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
     kernel_gradient = jax.lax.platform_dependent(x, kernel, gradient, cpu=by_taps, default=by_xla)
     return input_gradient, kernel_gradient
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _mostly_padding(kernel, stride, dilation, margins) -> bool:
+    """Whether outer taps see so much padding that `_convolve_by_rows` pays."""
+    wide = kernel.shape[:2] == (3, 3) and dilation >= 8
+    return wide and stride == 1 and margins == (dilation, dilation)
+
+
+def _convolve_by_rows(x, kernel, dilation):
+    """A 3x3 convolution of the same size as sums of matrix products, without the rows of pixels
+    that a row of taps sees as padding: for CPUs, whose convolution computes zeros."""
+    height, width = x.shape[1:3]
+
+    def seen(size, offset):  # where the output meets the input, and where in the output
+        start = max(offset, 0)
+        return slice(start, size + min(offset, 0)), (max(-offset, 0), start)
+
+    total = 0
+    for i, row_offset in enumerate((-dilation, 0, dilation)):
+        rows, row_margin = seen(height, row_offset)
+        product = jnp.einsum("bhwc,jco->bhwjo", x[:, rows], kernel[i])
+        for j, column_offset in enumerate((-dilation, 0, dilation)):
+            columns, column_margin = seen(width, column_offset)
+            margins = ((0, 0), row_margin, column_margin, (0, 0))
+            total = total + jnp.pad(product[:, :, columns, j], margins)
+    return total
+
+
+@jax.custom_vjp
+def _pointwise(x: Float[Array, "b h w i"], kernel: Float[Array, "i o"]) -> Float[Array, "b h w o"]:
+    return jnp.einsum("bhwi,io->bhwo", x, kernel)
+
+
+def _pointwise_backward(residuals, gradient):
+    x, kernel = residuals
+
+    def by_xla(x, gradient):
+        return jnp.einsum("bhwi,bhwo->io", x, gradient)
+
+    def by_images(x, gradient):
+        return _kernel_gradient(x, gradient, (1, 1), 1, 1, (0, 0))[0, 0]
+
+    kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=by_images, default=by_xla)
+    return jnp.einsum("bhwo,io->bhwi", gradient, kernel), kernel_gradient
+
+
+_pointwise.defvjp(lambda x, kernel: (_pointwise(x, kernel), (x, kernel)), _pointwise_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x, kernel, stride, dilation, margins):
+    windows = _windows(x, kernel.shape[:2], stride, dilation, margins)
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    return sum(window * tap for window, tap in zip(windows, taps, strict=True))
+
+
+def _depthwise_forward(x, kernel, stride, dilation, margins):
+    return _depthwise(x, kernel, stride, dilation, margins), (x, kernel)
+
+
+def _depthwise_backward(stride, dilation, margins, residuals, gradient):
+    x, kernel = residuals
+
+    def by_xla(x, kernel, gradient):
+        return jax.vjp(partial(_depthwise.fun, **geometry), x, kernel)[1](gradient)
+
+    def by_images(x, kernel, gradient):
+        """The kernel's from sums over rows of pixels, which XLA vectorises, unlike whole sums."""
+
+        def add(total, image):
+            x, gradient = (part[None] for part in image)
+            (input_gradient,) = jax.linear_transpose(
+                lambda x: _depthwise.fun(x, kernel, **geometry), x
+            )(gradient)
+            windows = _windows(x, kernel.shape[:2], stride, dilation, margins)
+            sums = [jnp.sum((window * gradient)[0], axis=0) for window in windows]
+            return total + jnp.stack(sums), input_gradient[0]
+
+        taps = kernel.shape[0] * kernel.shape[1]
+        total = jnp.zeros((taps, *gradient.shape[2:]), kernel.dtype)
+        total, input_gradient = jax.lax.scan(add, total, (x, gradient))
+        return input_gradient, jnp.sum(total, axis=1).reshape(kernel.shape)
+
+    geometry = dict(stride=stride, dilation=dilation, margins=margins)
+    return jax.lax.platform_dependent(x, kernel, gradient, cpu=by_images, default=by_xla)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _kernel_gradient(
+    x: Float[Array, "b h w i"],
+    gradient: Float[Array, "b oh ow o"],
+    kernel_size: tuple[int, int],
+    stride: int,
+    dilation: int,
+    margins: tuple[int, int],
+) -> Float[Array, "kh kw i o"]:
+    """A convolution's kernel gradient, for CPUs: one matrix product per tap, a few images at a
+    time.
+
+    XLA's own convolution is several times slower there. So is one product over all images, because
+    XLA transposes its first operand element by element, and computes what led to it once more in
+    that order; operands of a loop are computed before it, and a few images fit the cache.
+    """
+    batch, height, width, _ = gradient.shape
+    chunk = max(1, min(GRADIENT_PIXELS // (height * width), -(-batch // 2)))
+
+    def chunks(x):
+        x = jnp.pad(x, ((0, -batch % chunk), *[(0, 0)] * 3))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    def add(total, images):
+        x, gradient = images
+        products = [
+            jnp.einsum("bhwo,bhwi->oi", gradient, window)
+            for window in _windows(x, kernel_size, stride, dilation, margins)
+        ]
+        return total + jnp.stack(products), None
+
+    taps = kernel_size[0] * kernel_size[1]
+    total = jnp.zeros((taps, gradient.shape[-1], x.shape[-1]), x.dtype)
+    total, _ = jax.lax.scan(add, total, (chunks(x), chunks(gradient)))
+    return jnp.swapaxes(total, 1, 2).reshape(*kernel_size, x.shape[-1], gradient.shape[-1])
 
 
 def _windows(x, kernel_size, stride, dilation, margins) -> Iterator[Float[Array, "b oh ow c"]]:
@@ -96,12 +230,6 @@ def _windows(x, kernel_size, stride, dilation, margins) -> Iterator[Float[Array,
         for j in range(kernel_size[1]):
             top, left = i * dilation, j * dilation
             yield x[:, top : top + spans[0] : stride, left : left + spans[1] : stride]
-
-
-def _depthwise_conv2d(x, kernel, stride, dilation, padding):
-    windows = _windows(x, kernel.shape[:2], stride, dilation, (padding, padding))
-    taps = kernel.reshape(-1, kernel.shape[-1])
-    return sum(window * tap for window, tap in zip(windows, taps, strict=True))
 
 
 class Conv(nn.Module):
@@ -138,6 +266,25 @@ class Conv(nn.Module):
         return y
 
 
+class ResizedConv(nn.Module):
+    """3x3 convolution of the concatenation of `x`, resized to the size of `skip`, and `skip`."""
+
+    features: int
+    method: str
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], skip: Float[Array, "b oh ow d"]
+    ) -> Float[Array, "b oh ow features"]:
+        channels = x.shape[-1]
+        shape = (3, 3, channels + skip.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(self.dtype)
+        x, skip = x.astype(self.dtype), skip.astype(self.dtype)
+        y = resized_conv2d(x, kernel[:, :, :channels], skip.shape[1:3], self.method)
+        return y + conv2d(skip, kernel[:, :, channels:], padding=1)
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose statistics, scale and bias are all constants (collection `frozen`)."""
 
@@ -162,6 +309,17 @@ def group_norm(groups: int, dtype: DTypeLike, name: str | None = None) -> nn.Gro
     )
 
 
+def dropout(
+    x: Float[Array, "n h w c"], rate: float, keys: Key[Array, " n"]
+) -> Float[Array, "n h w c"]:
+    """Drops elements at `rate`; image i draws with `keys[i]`, whatever else is in the batch."""
+
+    def kept(key):
+        return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(kept)(keys), x / (1 - rate), 0)
+
+
 def groups_of(channels: int, limit: int = 32) -> int:
     """Number of groups for `channels`: `limit` where it divides, as in every published width."""
     return math.gcd(limit, channels)
@@ -182,6 +340,15 @@ class GatedChannelTransform(nn.Module):
         mean = jnp.mean(jnp.square(embedding), axis=-1, keepdims=True)
         gate = 1 + jnp.tanh(gamma * embedding / jnp.sqrt(mean + NORM_EPSILON) + beta)
         return x * gate.astype(x.dtype)
+
+
+def residual(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """The sum of a block's shortcut and branch, computed once.
+
+    Without the barrier XLA's CPU backend fuses the sums of all blocks before into every one: block
+    22 would read 22 branches. It takes `compilation.compiler_options` for barriers to last there.
+    """
+    return jax.lax.optimization_barrier(x + y)
 
 
 # --------------------------------------------------------------------------------------- resizing
@@ -252,3 +419,36 @@ def resize_labels(
     height, width = label.shape[-2:]
     label = label[..., nearest_indices(height, size[0]), :]
     return label[..., nearest_indices(width, size[1])]
+
+
+def resized_conv2d(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c o"], size: tuple[int, int], method: str
+) -> Float[Array, "n oh ow o"]:
+    """`conv2d(resize(x, size, method), kernel, padding=1)`, for a `size` far above that of `x`.
+
+    Both are linear, so the channels are mixed before the resize, where there are few pixels, and a
+    tap's shift becomes one of the interpolation matrix: the output at `(p, q)` is
+
+        sum over taps (i, j) of rows[i][p, :] @ (x @ kernel[i, j]) @ columns[j][q, :]
+    """
+    batch, height, width, _ = x.shape
+    features = kernel.shape[-1]
+
+    def shifted(size_in, size_out):  # [taps, out, in]
+        matrix = interpolation_matrix(size_in, size_out, method, True)
+        zeros = np.zeros_like(matrix[:1])
+        below = np.concatenate([zeros, matrix[:-1]])
+        above = np.concatenate([matrix[1:], zeros])
+        return np.stack([below, matrix, above])
+
+    rows = np.concatenate(shifted(height, size[0]), axis=1)
+    columns = np.moveaxis(shifted(width, size[1]), 0, 2).reshape(size[1], -1)
+    by_row_of_taps = []
+    with jax.default_matmul_precision("highest"):
+        for taps in kernel:
+            mixed = jnp.einsum("nhwc,jco->nhwjo", x, taps).reshape(batch * height, -1, features)
+            wide = jnp.einsum("qk,mko->mqo", columns.astype(x.dtype), mixed)
+            by_row_of_taps.append(wide.reshape(batch, height, -1))
+        stacked = jnp.concatenate(by_row_of_taps, axis=1)
+        output = jnp.einsum("pk,nkm->npm", rows.astype(x.dtype), stacked)
+    return output.reshape(batch, *size, features)

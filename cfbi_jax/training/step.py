@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
+from cfbi_jax.compilation import compiler_options
 from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding
 from cfbi_jax.models.images import ImageFormat, prepare
 from cfbi_jax.models.layers import resize, resize_labels
@@ -168,7 +169,7 @@ def make_train_step(
         check_vma=False,
     )
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def train_step(state: TrainState, batch: Batch):
         gradient, metrics, clip_loss, prediction = gradients(
             state.params, state.frozen, state.step, state.key, batch
@@ -249,11 +250,9 @@ def clip_losses(
     count, frames, height, width = batch.labels.shape
     size = (height, width)
 
-    def embed(variables, frames, key):  # one clip
+    def embed(variables, frames, keys):  # of all clips
         images = prepare(frames, size, image_format)
-        return model.apply(
-            variables, images, deterministic=False, rngs={"dropout": key}, method=CFBI.embed
-        )
+        return model.apply(variables, images, keys, method=CFBI.embed)
 
     def segment(variables, *arrays):
         num_rows = 1 + options.max_objects
@@ -266,8 +265,10 @@ def clip_losses(
 
     # A clip's dropout depends on the step and the clip alone: not on how many devices there are.
     key = jax.random.fold_in(key, step)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(batch.index)
-    embedding, low_level = jax.vmap(embed, (None, 0, 0))(variables, batch.frames, keys)
+    clip_keys = jax.vmap(partial(jax.random.fold_in, key))(batch.index)
+    keys = jax.vmap(partial(jax.random.split, num=frames))(clip_keys).reshape(-1)
+    embedded = embed(variables, batch.frames.reshape(-1, *size, 3), keys)
+    embedding, low_level = (x.reshape(count, frames, *x.shape[1:]) for x in embedded)
     small = resize_labels(batch.labels, embedding.shape[2:4])
     ratio = mining_ratio(step, options.mining_step)
 

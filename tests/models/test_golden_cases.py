@@ -163,16 +163,16 @@ def test_case_e_per_view(view_index, networks):
         np.testing.assert_allclose(logits[0], arrays[f"{name}_logits"], rtol=0, atol=LOGITS)
 
 
-# Official modules without a counterpart of ours: activations, pools, whole stages, the stem.
+# Official modules without a counterpart of ours: activations, pools, whole stages, the stem, and
+# gated features (ours returns the gates; what comes after them is compared).
 WITHOUT_COUNTERPART = re.compile(
-    r"backbone\.(relu|maxpool|layer\d|features\.0)$|seghead\.ASPP\.global_avg_pool$"
+    r"backbone\.(relu|maxpool|layer\d|features\.0)$|seghead\.(ASPP\.global_avg_pool|IA\d+)$"
 )
 # Modules without parameters of their own; all others follow the names of the weights.
 CONTAINERS = [
     (r"^deeplab/backbone/block(\d+)$", r"feature_extracter.backbone.features.\1"),
     (r"^deeplab/aspp/pooling$", "feature_extracter.aspp.global_avg_pool"),
     (r"^matching_feature$", "dynamic_prehead"),
-    (r"^ensembler/gate(\d+)$", r"dynamic_seghead.IA\1"),
     (r"^ensembler/(layer\d)/downsample_norm$", r"dynamic_seghead.\1.downsample"),
     (r"^ensembler/aspp$", "dynamic_seghead.ASPP"),
 ]

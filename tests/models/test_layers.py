@@ -18,20 +18,32 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("padding", [0, 2])
 def test_depthwise_convolution(stride, dilation, padding):
+    """And its gradients."""
     x, kernel = random(2, 11, 14, 5), random(3, 3, 1, 5, seed=1)
-    expected = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        ((padding, padding),) * 2,
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=5,
-    )
-    found = layers.conv2d(
-        x, kernel, stride=stride, dilation=dilation, padding=padding, depthwise=True
-    )
+
+    def by_xla(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            ((padding, padding),) * 2,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=5,
+        )
+
+    def by_package(x, kernel):
+        return layers.conv2d(
+            x, kernel, stride=stride, dilation=dilation, padding=padding, depthwise=True
+        )
+
+    expected, expected_transpose = jax.vjp(by_xla, x, kernel)
+    found, transpose = jax.vjp(by_package, x, kernel)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    gradient = random(*expected.shape, seed=2)
+    for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=3e-5)
 
 
 @pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 1, 2), (3, 2, 1)])
@@ -62,12 +74,14 @@ def test_convolution_is_correlation_with_zero_padding(size, stride, dilation):
         ((3, 3), 1, 6, 6, (9, 6)),  # ... horizontally, ...
         ((3, 3), 1, 9, 9, (9, 9)),  # ... both: the centre is left
         ((3, 3), 1, 18, 18, (4, 7)),
+        ((3, 3), 1, 8, 8, (13, 11)),  # by rows of taps
         ((3, 1), 1, 2, 1, (6, 5)),
         ((7, 7), 2, 1, 3, (11, 14)),
     ],
 )
 def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, padding, size):
-    x, kernel = random(2, *size, 3), random(*kernel_size, 3, 4, seed=1)
+    # Three images: CPUs sum kernel gradients over two at a time.
+    x, kernel = random(3, *size, 3), random(*kernel_size, 3, 4, seed=1)
 
     def by_xla(x, kernel):
         return jax.lax.conv_general_dilated(
@@ -166,3 +180,51 @@ def test_prepare_orders_and_normalises_channels():
     np.testing.assert_allclose(rgb[0], (1 - 0.485) / 0.229, rtol=1e-5)
     with pytest.raises(ValueError, match="channel_order"):
         images.ImageFormat(channel_order="grb")
+
+
+@pytest.mark.parametrize(
+    "dilation, size", [(8, (9, 11)), (8, (20, 7)), (12, (14, 30)), (18, (5, 6))]
+)
+def test_widely_dilated_convolution_is_xlas(dilation, size):
+    """Computed by rows of taps, which crop what is padding alone, with and without room for it."""
+    x, kernel = random(2, *size, 3), random(3, 3, 3, 4, seed=1)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        ((dilation, dilation),) * 2,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    found = layers.conv2d(x, kernel, dilation=dilation, padding=dilation)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size, target", [((3, 5), (9, 17)), ((4, 4), (13, 14)), ((1, 2), (1, 7))])
+def test_convolution_of_the_resized_input(method, size, target):
+    """The same, and the same gradients, as resizing first. Values are of order 10."""
+    x, kernel = random(2, *size, 5), random(3, 3, 5, 4, seed=1)
+
+    def directly(x, kernel):
+        resized = layers.resize(x, target, method)
+        return jax.lax.conv_general_dilated(
+            resized, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    expected, expected_transpose = jax.vjp(directly, x, kernel)
+    found, transpose = jax.vjp(lambda x, k: layers.resized_conv2d(x, k, target, method), x, kernel)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    gradient = random(*expected.shape, seed=2)
+    for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+def test_dropout_of_an_image_is_its_keys():
+    x = jnp.ones((3, 40, 50, 8))
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = np.asarray(layers.dropout(x, 0.1, keys))
+    np.testing.assert_array_equal(np.unique(found), np.float32([0, 1 / 0.9]))
+    np.testing.assert_allclose((found == 0).mean(axis=(1, 2, 3)), 0.1, atol=0.01)  # 4 sigma
+    np.testing.assert_array_equal(layers.dropout(x[1:2], 0.1, keys[1:2])[0], found[1])
+    assert (found[0] != found[1]).mean() > 0.1
