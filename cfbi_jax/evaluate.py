@@ -33,7 +33,8 @@ LOGGER = logging.getLogger(__name__)
 SYNTHETIC_SEEDS = tuple(range(8))
 DATASETS = ("davis", "youtube_vos", "synthetic")
 MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
-BOUNDS = ("max_references", "max_objects")  # options that no result depends on
+# Options that no result depends on, but for rounding.
+BOUNDS = ("max_references", "max_objects", "memory_mib")
 
 
 @dataclasses.dataclass(frozen=True)

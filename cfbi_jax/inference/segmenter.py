@@ -10,6 +10,7 @@ the work, and everything else here is bookkeeping between a user's ids and the n
                                                      with a mask)
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -24,11 +25,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from cfbi_jax.compilation import DEFAULT, use_compilation_cache
+from cfbi_jax import memory
+from cfbi_jax.compilation import DEFAULT, compiler_options, use_compilation_cache
 from cfbi_jax.data.image_files import check_label
 from cfbi_jax.inference import test_time
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.inference.video import prefetch
+from cfbi_jax.memory import MIB, Chunks, MemoryPlan
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import ImageFormat
 from cfbi_jax.models.layers import resize_labels
@@ -38,6 +41,10 @@ from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
+LESS_MEMORY = (
+    "less memory: a smaller max_long_edge (pixels at the network), fewer scales or no flip, a "
+    "smaller max_references; a smaller memory_mib computes fewer objects at a time"
+)
 
 Label = UInt8[np.ndarray, "height width"]
 Probabilities = Float[np.ndarray, "rows height width"]
@@ -57,6 +64,9 @@ class Options:
     max_references: how many frames with masks one video may have; more is an error.
     max_objects: None, as many as the masks have. A number: rows are always padded to it, so that
         one compilation serves any video, and more objects are an error.
+    memory_mib: what weights and arrays may take, in MiB. Where objects or the video's size need
+        more, fewer object rows and lines of pixels are computed at a time. None: 80 % of the
+        device's memory, on CPUs 1 GiB.
     """
 
     scales: Sequence[float] = (1.0,)
@@ -68,6 +78,7 @@ class Options:
     compute_dtype: str = "float32"
     max_references: int = 32
     max_objects: int | None = None
+    memory_mib: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
@@ -79,7 +90,7 @@ class Options:
         for name in ("matching_dtype", "compute_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; expected one of {DTYPES}')
-        for name in ("max_objects", "max_long_edge"):
+        for name in ("max_objects", "max_long_edge", "memory_mib"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected None or 1 or more")
 
@@ -155,10 +166,15 @@ class VideoSegmenter:
             matching_dtype=jnp.dtype(self.options.matching_dtype).type,
         )
         self.variables = jax.device_put(variables)
+        self._weights = memory.tree_bytes(variables)
         self.num_compilations = 0
-        self._embed = jax.jit(self._embed_views, static_argnames="views")
+        self._embed = jax.jit(
+            self._embed_views, static_argnames="views", compiler_options=compiler_options()
+        )
         self._predict = jax.jit(
-            self._predict_views, static_argnames=("views", "num_rows", "with_probabilities")
+            self._predict_views,
+            static_argnames=("views", "num_rows", "with_probabilities", "chunks"),
+            compiler_options=compiler_options(),
         )
         self._video: _Video | None = None
 
@@ -285,6 +301,75 @@ class VideoSegmenter:
                 "max_references (memory and the time per frame grow with the masks)"
             )
 
+    # --------------------------------------------------------------------------------- memory
+
+    def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
+        """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
+
+        Raises ValueError if that is more than `memory_mib`.
+        """
+        views = self._views_of(size)
+        num_rows = self._num_rows(num_objects)
+        chunks = self._chunks(views, size, num_rows, num_references)
+        frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
+        embed = self._embed.lower(self.variables, frame, views=views)
+        features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), embed.out_info)
+        state = _state_shapes(features, num_references)
+        count = jax.ShapeDtypeStruct((), np.int32)
+        predict = self._predict.lower(
+            *(self.variables, state, features, label, count),
+            views=views,
+            num_rows=num_rows,
+            with_probabilities=False,
+            chunks=chunks,
+        )
+        working = [memory.working_bytes(program.compile()) for program in (embed, predict)]
+        # A CPU embeds the next frame while it predicts this one; a GPU's programs take turns.
+        overlap = jax.default_backend() == "cpu"
+        plan = MemoryPlan(
+            {
+                "weights": self._weights,
+                "references": memory.tree_bytes(state.views),
+                "features of two frames": 2 * memory.tree_bytes(features),
+                "computation": sum(working) if overlap else max(working),
+            },
+            chunks,
+        )
+        self._check_budget(plan, size, num_objects)
+        return plan
+
+    def _check_budget(self, plan: MemoryPlan, size: tuple[int, int], num_objects: int) -> None:
+        budget = self.options.memory_mib
+        if budget is not None and plan.peak > budget * MIB:
+            raise ValueError(
+                f"a video of {size[0]} x {size[1]} with {num_objects} objects takes {plan}, and "
+                f"memory_mib is {budget}; {LESS_MEMORY}"
+            )
+
+    def _views_of(self, size: tuple[int, int]) -> tuple[View, ...]:
+        options = self.options
+        return test_time.views_of(size, options.scales, options.flip, options.max_long_edge)
+
+    def _num_rows(self, num_objects: int) -> int:
+        limit = self.options.max_objects
+        return padded_rows(num_objects) if limit is None else 1 + limit
+
+    def _chunks(
+        self, views: tuple[View, ...], size: tuple[int, int], num_rows: int, num_references: int
+    ) -> Chunks:
+        model, options = self.model, self.options
+        pixels = [-(-view.size[0] // 4) * -(-view.size[1] // 4) for view in views]
+        # An embedding of every reference and of three frames, and the maps of a frame's rows.
+        per_pixel = (padded_references(num_references) + 3) * model.embedding_dim
+        maps = 3 * num_rows * (3 + 2 * len(model.windows))
+        fixed = self._weights + 4 * sum(pixels) * per_pixel
+        fixed += 4 * max(pixels) * maps
+        budget = memory.default_budget()
+        if options.memory_mib is not None:
+            budget = options.memory_mib * MIB
+        channels = 3 * model.embedding_dim + model.matching_dim
+        return memory.choose_chunks(max(budget - fixed, 0), max(pixels), channels, num_rows, size)
+
     # -------------------------------------------------------------------------- jitted functions
 
     def _embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
@@ -308,16 +393,15 @@ class VideoSegmenter:
         views: tuple[View, ...],
         num_rows: int,
         with_probabilities: bool,
+        chunks: Chunks,
     ) -> tuple[UInt8[Array, "height width"], Float[Array, "rows height width"] | None]:
         """(rows of all pixels, given ones included; probabilities of the prediction)."""
         size = given.shape
         references = state.views[0].reference.shape[0]
         self._log_compilation(f"{num_rows - 1} objects, {references} references", size, views)
-        total = jnp.zeros((num_rows, *size))
-        for view, view_state, (current, low_level) in zip(
-            views, state.views, features, strict=True
-        ):
-            logits = self.model.apply(
+        logits = []
+        for view_state, (current, low_level) in zip(state.views, features, strict=True):
+            of_view = self.model.apply(
                 variables,
                 view_state.reference[None],
                 view_state.reference_label[None],
@@ -328,13 +412,19 @@ class VideoSegmenter:
                 low_level,
                 num_objects[None],
                 num_rows,
+                None,
+                chunks.rows_at_once,
                 method=CFBI.segment,
             )
-            total += test_time.view_probabilities(logits, view, size, num_objects)
-        probabilities = total / len(views)
-        label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
-        joined = jnp.where(given > 0, given, label)
-        return joined, probabilities if with_probabilities else None
+            logits.append(of_view[0])
+        probabilities = None
+        if with_probabilities:
+            probabilities = test_time.mean_probabilities(logits, views, size, num_objects)
+            label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
+        else:
+            lines = chunks.lines_at_once or size[0]
+            label = test_time.most_likely_rows(logits, views, size, num_objects, lines)
+        return jnp.where(given > 0, given, label), probabilities
 
     def _log_compilation(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
         # Python runs the body of a jitted function exactly when a new program is compiled.
@@ -397,7 +487,8 @@ class _Result:
     def fetch(self) -> Label | tuple[Label, Probabilities]:
         """Waits for the computation; rows become ids."""
         ids = np.array((0, *self.ids), np.uint8)
-        label = ids[np.asarray(self.rows)]
+        with _out_of_memory_explained():
+            label = ids[np.asarray(self.rows)]
         if not self.with_probabilities:
             return label
         probabilities = np.zeros((len(ids), *label.shape), np.float32)
@@ -410,6 +501,17 @@ class _Result:
             rows = np.arange(len(ids))[:, None, None]
             probabilities = np.where(self.given > 0, self.given == rows, probabilities)
         return label, probabilities[np.argsort(ids)].astype(np.float32)
+
+
+@contextlib.contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    """Raises MemoryError, with what helps, where the device's memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(f"out of device memory; {LESS_MEMORY}\n{error}") from error
 
 
 class _Video:
@@ -437,23 +539,27 @@ class _Video:
         segmenter = self._segmenter
         known = len(self._ids)
         given = None if mask is None else self._to_rows(mask)
-        features = segmenter._embed(segmenter.variables, frame, views=self._views)
+        with _out_of_memory_explained():
+            features = segmenter._embed(segmenter.variables, frame, views=self._views)
 
         probabilities = None
         if self._state is None or known == 0:  # nothing to predict but background
             rows = np.zeros(self._size, np.uint8) if given is None else given
         else:
-            limit = segmenter.options.max_objects
-            rows, probabilities = segmenter._predict(
-                segmenter.variables,
-                self._state,
-                features,
-                np.zeros(self._size, np.uint8) if given is None else given,
-                np.int32(known),
-                views=self._views,
-                num_rows=padded_rows(known) if limit is None else 1 + limit,
-                with_probabilities=self._with_probabilities,
-            )
+            num_rows = segmenter._num_rows(known)
+            references = self._state.views[0].reference.shape[0]
+            with _out_of_memory_explained():
+                rows, probabilities = segmenter._predict(
+                    segmenter.variables,
+                    self._state,
+                    features,
+                    np.zeros(self._size, np.uint8) if given is None else given,
+                    np.int32(known),
+                    views=self._views,
+                    num_rows=num_rows,
+                    with_probabilities=self._with_probabilities,
+                    chunks=segmenter._chunks(self._views, self._size, num_rows, references),
+                )
         self._remember(features, rows, as_reference=given is not None)
         self.index += 1
         return self._result(rows, probabilities, given)
@@ -469,11 +575,8 @@ class _Video:
             raise ValueError(f"frame {self.index} has {frame.shape[2]} channels; expected 3, RGB")
         size = frame.shape[:2]
         if self._size is None:
-            options = self._segmenter.options
             self._size = size
-            self._views = test_time.views_of(
-                size, options.scales, options.flip, options.max_long_edge
-            )
+            self._views = self._segmenter._views_of(size)
         if size != self._size:
             raise ValueError(
                 f"frame {self.index} has {size[0]} x {size[1]} pixels; expected "
@@ -515,6 +618,22 @@ class _Video:
                 reference_label = _append(reference_label, label, count, NOBODY)
             views.append(ViewState(reference, reference_label, embedding, label))
         self._state = State(tuple(views), count + as_reference)
+
+
+def _state_shapes(features: Features, num_references: int) -> State:
+    """The shapes of a state with so many references, from those of a frame's features."""
+    count = padded_references(num_references)
+
+    def view_state(embedding):
+        shape = embedding.shape[1:]
+        return ViewState(
+            jax.ShapeDtypeStruct((count, *shape), embedding.dtype),
+            jax.ShapeDtypeStruct((count, *shape[:2]), np.uint8),
+            embedding,
+            jax.ShapeDtypeStruct((1, *shape[:2]), np.uint8),
+        )
+
+    return State(tuple(view_state(embedding) for embedding, _ in features), num_references)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

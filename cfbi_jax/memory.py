@@ -1,0 +1,91 @@
+"""How much memory a run needs, known before it begins: from compiled programs, which say it.
+
+    segmenter.plan((2160, 3840), num_objects=10, num_references=4)      # propagation
+    training.step.plan(...)                                             # a step of training
+
+Nothing is allocated but the weights. The numbers are those of the device that compiles.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+MIB = 2**20
+# Of a device's memory, what arrays may take by default; the rest is for the allocator's gaps.
+DEVICE_SHARE = 0.8
+CPU_BUDGET = 1024 * MIB
+# float32 numbers that the head holds at once per pixel and row, in units of its input's channels:
+# the largest of several networks and sizes, by `scripts/benchmark.py plan`.
+HEAD_COPIES = 4.6
+# Copies of the logits of a line at the video's own size: before and after softmax, their sum.
+LINE_COPIES = 4
+
+
+class Chunks(NamedTuple):
+    """How much is computed at once: object rows of the head, lines of the output. None: all."""
+
+    rows_at_once: int | None = None
+    lines_at_once: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by purpose, all of which exist at the same time, and how they are bounded."""
+
+    parts: Mapping[str, int]
+    chunks: Chunks = Chunks()
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.parts.items())
+        return f"{self.peak / MIB:.0f} MiB ({parts})"
+
+
+def tree_bytes(tree: Any) -> int:
+    """Size of all arrays of a tree (or of their shapes)."""
+    return sum(
+        int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def working_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a program takes beside its arguments while it runs."""
+    analysis = compiled.memory_analysis()
+    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + new_outputs
+
+
+def default_budget() -> int:
+    """Bytes that propagation may take: most of the device's memory, 1 GiB of a CPU's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(DEVICE_SHARE * stats["bytes_limit"])
+    return CPU_BUDGET
+
+
+def choose_chunks(
+    room: int, pixels: int, head_channels: int, num_rows: int, size: tuple[int, int]
+) -> Chunks:
+    """The largest chunks, of equal size, that fit into `room` bytes.
+
+    Args:
+      pixels: of the largest embedding. head_channels: of the head's input.
+      size: (height, width) of the video.
+    """
+
+    def equal_parts(count: int, bytes_of_one: float) -> int | None:
+        fit = max(1, int(room / bytes_of_one))
+        return None if fit >= count else -(-count // -(-count // fit))
+
+    return Chunks(
+        equal_parts(num_rows, 4 * HEAD_COPIES * head_channels * pixels),
+        equal_parts(size[0], 4 * LINE_COPIES * num_rows * size[1]),
+    )
