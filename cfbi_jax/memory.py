@@ -1,7 +1,7 @@
 """How much memory a run needs, known before it begins: from compiled programs, which say it.
 
     segmenter.plan((2160, 3840), num_objects=10, num_references=4)      # propagation
-    training.step.plan(...)                                             # a step of training
+    training.step.plan_step(...)                                        # a step of training
 
 Nothing is allocated but the weights. The numbers are those of the device that compiles.
 """
@@ -81,7 +81,7 @@ def choose_chunks(
       size: (height, width) of the video.
     """
 
-    def equal_parts(count: int, bytes_of_one: float) -> int | None:
+    def equal_parts(count: int, bytes_of_one: int | float) -> int | None:
         fit = max(1, int(room / bytes_of_one))
         return None if fit >= count else -(-count // -(-count // fit))
 

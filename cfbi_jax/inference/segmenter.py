@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,9 @@ class Options:
 # ------------------------------------------------------------------------------------- the state
 
 
+Shaped = Any  # an array or, in a plan, what stands for one
+
+
 @struct.dataclass
 class ViewState:
     """What one view remembers, at its embedding's size. Labels hold rows; 255 is nobody's.
@@ -105,20 +109,20 @@ class ViewState:
     Only the first `State.num_references` references count.
     """
 
-    reference: Float[Array, "r h w c"]
-    reference_label: UInt8[Array, "r h w"]
-    previous: Float[Array, "1 h w c"]
-    previous_label: UInt8[Array, "1 h w"]
+    reference: Float[Shaped, "r h w c"]
+    reference_label: UInt8[Shaped, "r h w"]
+    previous: Float[Shaped, "1 h w c"]
+    previous_label: UInt8[Shaped, "1 h w"]
 
 
 @struct.dataclass
 class State:
     views: tuple[ViewState, ...]
-    num_references: Int[Array, ""] | int
+    num_references: Int[Shaped, ""] | int
 
 
 # (embedding, low-level features) of every view; views differ in size
-Features = tuple[tuple[Float[Array, "1 _ _ _"], Float[Array, "1 _ _ _"]], ...]
+Features = tuple[tuple[Float[Shaped, "1 _ _ _"], Float[Shaped, "1 _ _ _"]], ...]
 
 
 def padded_rows(num_objects: int) -> int:

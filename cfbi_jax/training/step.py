@@ -29,7 +29,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from cfbi_jax.compilation import compiler_options
-from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding
+from cfbi_jax.memory import MemoryPlan, tree_bytes, working_bytes
+from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding, parameter_shapes
 from cfbi_jax.models.images import ImageFormat, prepare
 from cfbi_jax.models.layers import resize, resize_labels
 from cfbi_jax.training.losses import IGNORED, bootstrapped_cross_entropy, mining_ratio
@@ -199,6 +200,45 @@ def make_train_step(
         return new_state, metrics, prediction
 
     return train_step
+
+
+def plan_step(
+    model: CFBI,
+    image_format: ImageFormat,
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+    mesh: Mesh,
+    num_objects: Int[np.ndarray, " b"],
+    clip_shape: tuple[int, int, int],
+) -> MemoryPlan:
+    """What a step takes on one device; compiles it and runs nothing.
+
+    Args:
+      num_objects: of the clips of a batch. clip_shape: (frames, height, width) of a clip.
+    """
+    variables = parameter_shapes(model)
+    state = jax.eval_shape(
+        lambda variables: create_state(variables, tx, 0, options.ema_decay > 0), variables
+    )
+    batch = len(num_objects)
+    packing = pack_rows(num_objects, mesh.size * options.accumulate, options.max_objects)
+    shapes = Batch(
+        frames=jax.ShapeDtypeStruct((batch, *clip_shape, 3), np.uint8),
+        labels=jax.ShapeDtypeStruct((batch, *clip_shape), np.uint8),
+        num_objects=jax.ShapeDtypeStruct((batch,), np.int32),
+        index=jax.ShapeDtypeStruct((batch,), np.int32),
+        packing=packing,
+    )
+    step = make_train_step(model, image_format, tx, options, mesh)
+    compiled = step.lower(state, shapes).compile()
+    # The new state takes the old one's memory, where the backend can reuse it.
+    return MemoryPlan(
+        {
+            "weights and optimiser": tree_bytes(state),
+            "clips": tree_bytes(shapes) // mesh.size,
+            "computation": working_bytes(compiled),
+        }
+    )
 
 
 def _device_gradients(model, image_format, options, params, frozen, step, key, batch):

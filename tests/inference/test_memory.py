@@ -1,0 +1,181 @@
+"""Memory: chunks change nothing but rounding, plans say what programs need, errors what helps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import mask_of, random_variables, random_video, small_network
+from tiny import tiny_model, tiny_parts
+
+import cfbi_jax
+from cfbi_jax.inference import segmenter as segmenter_module
+from cfbi_jax.inference import test_time
+from cfbi_jax.inference.segmenter import Options
+from cfbi_jax.inference.test_time import View
+from cfbi_jax.memory import Chunks, MemoryPlan, choose_chunks, tree_bytes
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.images import IMAGENET_FORMAT
+
+FOUR_OBJECTS = mask_of(
+    {1: (0, 0, 20, 20), 2: (0, 30, 20, 50), 3: (22, 2, 40, 20), 4: (25, 30, 36, 50)}
+)
+
+
+def small_segmenter(**options):
+    return cfbi_jax.VideoSegmenter(*small_network(), IMAGENET_FORMAT, Options(**options))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 6])
+def test_rows_in_groups_are_all_rows(rows_at_once):
+    """With a last group that is full, and one that is not; batches of two videos."""
+    with tiny_parts():
+        model = tiny_model()
+        rng = np.random.default_rng(0)
+        features = jnp.asarray(rng.random((3, 2, 7, 9, model.embedding_dim)), jnp.float32)
+        low_level = jnp.asarray(rng.random((2, 7, 9, 12)), jnp.float32)
+        labels = jnp.asarray(rng.integers(0, 4, (2, 2, 7, 9)), jnp.uint8)
+
+        def segment(rows_at_once):
+            return model.apply(
+                variables,
+                features[0][:, None],
+                labels[0][:, None],
+                jnp.ones(2, jnp.int32),
+                features[1],
+                labels[1],
+                features[2],
+                low_level,
+                jnp.array([3, 2]),
+                4,
+                None,
+                rows_at_once,
+                method=CFBI.segment,
+            )
+
+        variables = jax.tree.map(jnp.asarray, random_variables(model, seed=0))
+        found, expected = segment(rows_at_once), segment(None)
+    assert np.ptp(expected) > 0.1
+    valid = np.arange(4)[None] <= np.array([3, 2])[:, None]
+    np.testing.assert_allclose(found[valid], expected[valid], atol=1e-5)
+
+
+def test_lines_in_groups_are_all_lines():
+    rng = np.random.default_rng(0)
+    views = (View((33, 49), False), View((33, 49), True), View((49, 65), False))
+    logits = [
+        jnp.asarray(rng.normal(size=(5, -(-view.size[0] // 4), -(-view.size[1] // 4))), jnp.float32)
+        for view in views
+    ]
+    size, count = (37, 51), jnp.int32(3)  # the fifth row is padding
+    mean = np.asarray(test_time.mean_probabilities(logits, views, size, count))
+    np.testing.assert_allclose(mean.sum(axis=0), 1, atol=1e-6)
+    assert (mean[4] == 0).all() and len(np.unique(mean.argmax(axis=0))) == 4
+    ordered = np.sort(mean, axis=0)
+    clear = ordered[-1] - ordered[-2] > 1e-5
+    for lines in (1, 8, 37):
+        found = np.asarray(test_time.most_likely_rows(logits, views, size, count, lines))
+        assert found.dtype == np.uint8 and found.shape == size
+        np.testing.assert_array_equal(found[clear], mean.argmax(axis=0)[clear])
+
+
+def test_choice_of_chunks():
+    """Equal parts, as large as fit; never nothing."""
+    small = dict(pixels=100, head_channels=10, num_rows=6, size=(48, 64))
+    assert choose_chunks(2**30, **small) == Chunks(None, None)
+    row = 4 * 4.6 * 10 * 100
+    assert choose_chunks(int(4.5 * row), **small).rows_at_once == 3  # 4 fit: two groups of 3
+    assert choose_chunks(int(2.5 * row), **small).rows_at_once == 2
+    assert choose_chunks(0, **small) == Chunks(1, 1)
+    lines = choose_chunks(20 * 4 * 4 * 6 * 64, **small).lines_at_once
+    assert lines == 16  # 20 fit: three groups
+
+
+def test_a_small_budget_gives_the_same_masks(monkeypatch):
+    frames, masks = random_video(4), {0: FOUR_OBJECTS}
+    chosen = []
+
+    def choose(*arguments):
+        chosen.append(choose_chunks(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(segmenter_module.memory, "choose_chunks", choose)
+    expected = list(small_segmenter().segment(frames, masks, return_probabilities=True))
+    assert set(chosen) == {Chunks(None, None)}
+    chosen.clear()
+    bounded = small_segmenter(memory_mib=1)
+    found = list(bounded.segment(frames, masks))
+    assert set(chosen) == {Chunks(1, 1)}
+    for label, (expected_label, probabilities) in zip(found, expected, strict=True):
+        ordered = np.sort(probabilities, axis=0)
+        clear = ordered[-1] - ordered[-2] > 1e-3
+        np.testing.assert_array_equal(label[clear], expected_label[clear])
+    assert len(np.unique(found[-1])) > 1
+
+
+def test_plan():
+    segmenter = small_segmenter()
+    plan = segmenter.plan((40, 56), num_objects=2)
+    _, variables = small_network()
+    assert plan.parts["weights"] == sum(x.nbytes for x in jax.tree.leaves(variables))
+    channels = segmenter.model.embedding_dim
+    # The network sees 33 x 49 pixels; reference and previous frame with a label each.
+    assert plan.parts["references"] == 2 * 9 * 13 * (4 * channels + 1)
+    assert plan.peak == sum(plan.parts.values()) and "weights" in str(plan)
+    several = segmenter.plan((40, 56), num_objects=2, num_references=3)
+    assert several.parts["references"] == 2 * plan.parts["references"]
+    larger = segmenter.plan((40, 56), num_objects=6)
+    assert larger.parts["computation"] > 1.5 * plan.parts["computation"]
+
+
+def test_plan_compiles_what_the_video_runs():
+    segmenter = small_segmenter()
+    segmenter.plan((40, 56), num_objects=4)
+    compiled = segmenter.num_compilations
+    list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+    assert segmenter.num_compilations == compiled
+
+
+def test_plan_over_budget_says_what_helps():
+    with pytest.raises(ValueError, match="memory_mib is 1; .*max_long_edge") as raised:
+        small_segmenter(memory_mib=1).plan((400, 560), num_objects=2)
+    assert "400 x 560 with 2 objects takes" in str(raised.value)
+
+
+def test_groups_bound_the_computation():
+    """Sixteen objects, one row at a time, against all 17 at once."""
+    unbounded = small_segmenter(memory_mib=10_000).plan((240, 320), 16)
+    bounded = small_segmenter(memory_mib=30).plan((240, 320), 16)
+    assert unbounded.chunks.rows_at_once is None and bounded.chunks.rows_at_once <= 4
+    assert bounded.peak < 30 * 2**20 < unbounded.peak
+
+
+def exhausted(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+
+@pytest.mark.parametrize("function", ["_embed", "_predict"])
+def test_out_of_memory_says_what_helps(monkeypatch, function):
+    segmenter = small_segmenter()
+    monkeypatch.setattr(segmenter, function, exhausted)
+    with pytest.raises(MemoryError, match="(?s)max_long_edge.*allocating 99 bytes"):
+        list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+
+
+def test_other_errors_of_the_device_go_on(monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    segmenter = small_segmenter()
+    monkeypatch.setattr(segmenter, "_embed", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+
+
+def test_plan_is_immutable_and_sizes_are_of_shapes():
+    plan = MemoryPlan({"weights": 3, "references": 4})
+    assert plan.peak == 7
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.parts = {}
+    assert tree_bytes([jax.ShapeDtypeStruct((2, 3), np.int16), np.zeros(5, np.uint8)]) == 17
