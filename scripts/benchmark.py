@@ -1,0 +1,196 @@
+"""Measures speed and memory on this machine, next to the machine's own limits.
+
+    python scripts/benchmark.py infer --size 480x854 --objects 2 --model r101 --json infer.json
+    python scripts/benchmark.py match --size 480x854 --objects 5 --references 2 --backward --sweep
+    python scripts/benchmark.py train --model mbv2 --crop 465 --batch 2 --remat segment --devices 2
+    python scripts/benchmark.py score --frames 20 --objects 3
+    python scripts/benchmark.py load --crop 465 --batch 8 --workers 2 [--root DAVIS]
+    python scripts/benchmark.py plan --size 2160x3840 --objects 10 --references 4 --measure
+
+Weights and videos are random. Every figure is the median of --runs runs after one to warm up, with
+the least and the largest beside it; compile times are apart. "limit" is the least time in which the
+machine, as measured in the same run, does the stage's products or reads and writes its inputs and
+outputs; "share of limit" is that time as a share of the stage's. Shares and ratios can be compared
+between machines and noisy hours, seconds cannot.
+
+`match` runs plain versions of the same, in JAX and (where it is installed) in torch, and compares
+their numbers before their times. --json writes everything, and details, to a file. Bad input gives
+a message and exit status 1.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parent))  # also where another program loads this file
+
+from benchmarks import data, infer, match, measure, planning, report, train  # noqa: E402
+from benchmarks.networks import MODELS  # noqa: E402
+from benchmarks.straightforward import import_torch  # noqa: E402
+
+from cfbi_jax.compilation import use_compilation_cache  # noqa: E402
+from cfbi_jax.inference.segmenter import DTYPES  # noqa: E402
+from cfbi_jax.training.step import REMAT  # noqa: E402
+
+COMMANDS: dict[str, Callable] = {
+    "infer": infer.infer,
+    "match": match.match,
+    "train": train.train,
+    "score": data.score,
+    "load": data.load,
+    "plan": planning.plan,
+}
+POSITIVE = (
+    "objects",
+    "references",
+    "runs",
+    "batch",
+    "batches",
+    "accumulate",
+    "devices",
+    "frames",
+    "budget_mib",
+)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Errors: ValueError for values out of range."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--objects", type=int, default=1)
+    common.add_argument("--runs", type=int, default=5, help="timed runs, after one to warm up")
+    common.add_argument("--json", type=Path, help="file that gets everything measured")
+    sized = argparse.ArgumentParser(add_help=False)
+    sized.add_argument("--size", default="480x854", help="of the video, HEIGHTxWIDTH")
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument("--model", default="r101", help=", ".join(MODELS))
+    network.add_argument("--dtype", default="float32", help=f"of convolutions: {DTYPES}")
+    network.add_argument("--matching-dtype", default="float32", help="of distances")
+    references = argparse.ArgumentParser(add_help=False)
+    references.add_argument("--references", type=int, default=1, help="frames with masks")
+    on_off = argparse.BooleanOptionalAction
+
+    def add_comparisons(command: argparse.ArgumentParser, default: bool) -> None:
+        command.add_argument(
+            "--straightforward", action=on_off, default=default, help="matching in plain JAX"
+        )
+        command.add_argument(
+            "--torch", action=on_off, help="matching in plain torch; default: where installed"
+        )
+        command.set_defaults(torch_by_default=default)
+
+    def add_training(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--crop", type=int, default=465, help="side of the clips, 16 k + 1")
+        command.add_argument("--batch", type=int, default=1, help="clips, over all devices")
+        command.add_argument("--accumulate", type=int, default=1)
+        command.add_argument("--remat", default="none", help=", ".join(REMAT))
+
+    command = commands.add_parser("infer", parents=[common, sized, network, references])
+    command.add_argument(
+        "--convolutions", action=on_off, default=True, help="also time each convolution alone"
+    )
+    add_comparisons(command, default=False)
+    command.set_defaults(backward=False)
+
+    command = commands.add_parser("match", parents=[common, sized, network, references])
+    command.add_argument("--backward", action="store_true", help="also time our gradient")
+    command.add_argument("--sweep", action="store_true", help="over objects and references")
+    add_comparisons(command, default=True)
+
+    command = commands.add_parser("train", parents=[common, network])
+    add_training(command)
+    command.add_argument(
+        "--devices", type=int, help="use this many; on a CPU they are simulated; default: all"
+    )
+
+    command = commands.add_parser("score", parents=[common, sized])
+    command.add_argument("--frames", type=int, default=20)
+
+    command = commands.add_parser("load", parents=[common, sized])
+    command.add_argument("--root", type=Path, help="a DAVIS folder; default: synthetic videos")
+    command.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
+    command.add_argument("--split", default="train", help="DAVIS: list in ImageSets/2017")
+    command.add_argument("--crop", type=int, default=465, help="side of the clips, 16 k + 1")
+    command.add_argument("--batch", type=int, default=8, help="clips in a batch")
+    command.add_argument("--batches", type=int, default=5, help="in each of the runs")
+    command.add_argument("--workers", type=int, default=0, help="processes; 0: threads")
+
+    command = commands.add_parser("plan", parents=[common, sized, network, references])
+    command.add_argument("--budget-mib", type=int, help="memory that there is")
+    command.add_argument("--scales", type=float, nargs="+", default=[1.0])
+    command.add_argument("--flip", action="store_true")
+    command.add_argument("--train", action="store_true", help="a training step instead")
+    add_training(command)
+    command.add_argument("--measure", action="store_true", help="run it, too, and compare")
+    return check(parser.parse_args(arguments))
+
+
+def check(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with sizes as numbers and defaults filled in. Errors: ValueError."""
+    given = vars(arguments)
+    for name in POSITIVE:
+        if given.get(name) is not None and given[name] < 1:
+            raise ValueError(f"--{name} is {given[name]}; expected 1 or more")
+    if given.get("workers", 0) < 0:
+        raise ValueError(f"--workers is {given['workers']}; expected 0 or more")
+    choices = {"model": MODELS, "dtype": DTYPES, "matching_dtype": DTYPES, "remat": REMAT}
+    for name, expected in choices.items():
+        if name in given and given[name] not in expected:
+            flag = name.replace("_", "-")
+            raise ValueError(f'--{flag} is "{given[name]}"; expected one of {", ".join(expected)}')
+    if "size" in given:
+        arguments.size = parse_size(given["size"])
+    if "torch" in given:
+        installed = import_torch() is not None
+        if arguments.torch and not installed:
+            raise ValueError("--torch: torch is not installed; expected pip install torch")
+        if arguments.torch is None:
+            arguments.torch = arguments.torch_by_default and installed
+    return arguments
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Errors: ValueError."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    size = tuple(int(side) for side in found.groups()) if found else (0, 0)
+    if min(size) < 32:
+        raise ValueError(
+            f'--size is "{text}"; expected HEIGHTxWIDTH of 32 or more, such as 480x854'
+        )
+    return size
+
+
+def main(arguments: argparse.Namespace, command: list[str]) -> None:
+    if arguments.command == "train" and arguments.devices:
+        simulate_devices(arguments.devices)
+    use_compilation_cache(None)  # a program that is read from a file took no time to compile
+    machine = measure.machine()
+    rows, limits = COMMANDS[arguments.command](arguments)
+    machine["peak_memory"] = measure.peak_memory()
+    report.print_report(arguments.command, machine, limits, rows)
+    if arguments.json:
+        report.write_json(arguments.json, command, machine, limits, rows)
+        print(f"wrote {arguments.json}")
+
+
+def simulate_devices(count: int) -> None:
+    """Makes a CPU as many devices; other devices stay as they are."""
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:  # JAX has begun, in another program's hands
+        if len(jax.devices()) < count:
+            raise ValueError(f"--devices is {count}: {error}") from error
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments(), sys.argv)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,141 @@
+"""What the host does around the network: scoring masks, and making training clips."""
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from benchmarks.measure import Times, time_runs
+from benchmarks.report import Row, make_row
+from cfbi_jax.config import source
+from cfbi_jax.data import loader
+from cfbi_jax.data.clips import ClipOptions
+from cfbi_jax.data.image_files import write_mask
+from cfbi_jax.data.loader import Clips
+from cfbi_jax.data.sources import clip_source
+from cfbi_jax.data.synthetic import SyntheticVideos, synthetic_video
+from cfbi_jax.evaluation import metrics, predictions
+
+SHIFT = 3  # pixels that a predicted mask is off: within the tolerance of F for some, not for all
+WARM_UP_BATCHES = 2
+
+
+# --------------------------------------------------------------------------------------- scoring
+
+
+def score(arguments: argparse.Namespace) -> tuple[list[Row], None]:
+    """J and F of shifted masks, with one thread and with all, from memory and from files."""
+    size, objects, runs = arguments.size, arguments.objects, arguments.runs
+    _, truth = synthetic_video(0, arguments.frames, size, objects)
+    predicted = np.roll(truth, SHIFT, axis=2)
+    rows = []
+    for threads in thread_counts():
+
+        def in_memory(threads=threads):
+            with ThreadPoolExecutor(threads) as pool:
+                count = [objects] * len(truth)
+                return list(pool.map(metrics.score_frame, predicted, truth, count))
+
+        rows.append(_score_row("J and F in memory", threads, time_runs(in_memory, runs), truth))
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = _write_pairs(Path(folder), predicted, truth, objects)
+        for threads in thread_counts():
+
+            def from_files(threads=threads):
+                return predictions.score_frames(pairs, threads)
+
+            rows.append(_score_row("J and F of files", threads, time_runs(from_files, runs), truth))
+    for row in rows:
+        row["frames_x_objects_per_second"] *= objects
+    for one, several in (rows[:2], rows[2:]) if len(rows) == 4 else ():
+        several["times_one_thread"] = one["seconds"]["median"] / several["seconds"]["median"]
+    return rows, None
+
+
+def thread_counts() -> list[int]:
+    """One, and one per core."""
+    return list(dict.fromkeys((1, os.cpu_count() or 1)))
+
+
+def _score_row(name: str, threads: int, times: Times, truth: np.ndarray) -> Row:
+    rate = len(truth) / times.median
+    return make_row(
+        "scoring", name, times, None, None, threads=threads, frames_x_objects_per_second=rate
+    )
+
+
+def _write_pairs(
+    folder: Path, predicted: np.ndarray, truth: np.ndarray, objects: int
+) -> list[predictions.FramePair]:
+    ids = tuple(range(1, objects + 1))
+    pairs = []
+    for i, labels in enumerate(zip(predicted, truth, strict=True)):
+        paths = [folder / kind / f"{i:05d}.png" for kind in ("predicted", "truth")]
+        for path, label in zip(paths, labels, strict=True):
+            write_mask(path, label)
+        pairs.append(predictions.FramePair(*paths, object_ids=ids, allowed_ids=frozenset(ids)))
+    return pairs
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
+    """Clips per second of the training stream, as fast as it can be emptied."""
+    options = ClipOptions(
+        crop_size=arguments.crop,
+        short_edge=max(arguments.crop, round(480 / 465 * arguments.crop)),
+        max_objects=arguments.objects,
+    )
+    with tempfile.TemporaryDirectory() as records:
+        clips = Clips([(_videos(arguments, records), 1)], options, seed=0)
+        seconds, cpu = _empty(clips, arguments)
+    taken = arguments.batch * arguments.batches
+    times = Times.of(seconds)
+    row = make_row(
+        "loading",
+        f"{arguments.batches} batches of {arguments.batch} clips, {arguments.workers} workers",
+        times,
+        clips_per_second=taken / times.median,
+        # From the first batch to the last process' end: start-up and clips made ahead count.
+        clips_per_cpu_second=taken * arguments.runs / cpu,
+        cpu_seconds=cpu,
+    )
+    return [row], None
+
+
+def _videos(arguments: argparse.Namespace, records: str):
+    if arguments.root is None:
+        return SyntheticVideos(0, size=arguments.size, max_objects=arguments.objects)
+    davis = source(dataset="davis", root=str(arguments.root), resolution=arguments.resolution)
+    davis.split = arguments.split
+    return clip_source(davis, records, arguments.objects, seed=0)
+
+
+def _empty(clips: Clips, arguments: argparse.Namespace) -> tuple[list[float], float]:
+    """Seconds of each run, and CPU seconds of this process and its workers for everything."""
+    stop = WARM_UP_BATCHES + arguments.runs * arguments.batches
+    if not flags.FLAGS.is_parsed():  # Grain asks absl when it starts workers
+        flags.FLAGS.mark_as_parsed()
+    started, seconds = _cpu_seconds(), []
+    with loader.batches(clips, arguments.batch, 0, stop, workers=arguments.workers) as stream:
+        for _ in range(WARM_UP_BATCHES):
+            next(stream)
+        for _ in range(arguments.runs):
+            begun = time.perf_counter()
+            for _ in range(arguments.batches):
+                next(stream)
+            seconds.append(time.perf_counter() - begun)
+        next(stream, None)  # at its end, workers give their shared memory back
+    return seconds, _cpu_seconds() - started
+
+
+def _cpu_seconds() -> float:
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -1,0 +1,219 @@
+"""scripts/benchmark.py: what it compares, what it counts, what it writes. Never how fast."""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SPREAD = {"median", "min", "max", "runs"}
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    before = list(sys.path)
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+
+
+@pytest.fixture
+def run(benchmark, tmp_path, monkeypatch):
+    """Runs a command line in this process and returns the JSON that it wrote."""
+    monkeypatch.setattr(benchmark, "use_compilation_cache", lambda path: None)
+    monkeypatch.setitem(benchmark.measure.PRODUCT_SIDE, "cpu", 256)
+    monkeypatch.setitem(benchmark.measure.COPY_MIB, "cpu", 4)
+
+    def run(*arguments):
+        path = tmp_path / "figures.json"
+        command = [*arguments, "--json", str(path), "--runs", "2"]
+        benchmark.main(benchmark.parse_arguments(command), command)
+        return json.loads(path.read_text())
+
+    return run
+
+
+def names(figures, section):
+    return [row["name"] for row in figures["rows"] if row["section"] == section]
+
+
+# ---- match ----
+
+
+def test_match_compares_with_plain_versions(benchmark, run):
+    figures = run("match", "--size", "49x65", "--model", "quickstart", "--objects", "2")
+    assert figures["command"][0] == "match"
+    machine = figures["machine"]
+    assert {"cpu", "cores", "platform", "device", "jax", "peak_memory"} <= machine.keys()
+    assert machine["limits"]["products"]["float32"] > 0 and machine["limits"]["copies"] > 0
+    plain = ["straightforward in JAX"]
+    if benchmark.import_torch():
+        plain.append("straightforward in torch")
+    assert names(figures, "global matching") == ["ours", "the products alone", *plain]
+    assert names(figures, "local matching") == ["ours", *plain]
+    for row in figures["rows"]:
+        assert row["seconds"].keys() == SPREAD and row["seconds"]["runs"] == 2
+        assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
+        assert (row["name"] == "ours") != ("times_ours" in row)
+        assert row["share_of_limit"] > 0
+
+
+@pytest.mark.parametrize("name", ["global_matching", "local_matching"])
+def test_a_wrong_version_is_found_out(benchmark, run, monkeypatch, name):
+    plain = getattr(benchmark.match.straightforward, name)
+
+    def wrong(query, *arguments):
+        return plain(query[::-1], *arguments)
+
+    monkeypatch.setattr(benchmark.match.straightforward, name, wrong)
+    with pytest.raises(AssertionError, match="straightforward .* different distances"):
+        run("match", "--size", "49x65", "--model", "quickstart", "--no-torch")
+
+
+def test_operations_of_matching(benchmark):
+    match = benchmark.match
+    assert match.global_flops((2, 3), 4, 5) == 2 * 6 * 24 * 5
+    model = benchmark.infer.make_model("quickstart", "float32", "float32")
+    assert match.local_flops((12, 16), model) == 2 * 7 * 9 * 13**2 * 32
+
+
+# ---- Convolutions ----
+
+
+def test_convolutions_are_recorded(benchmark):
+    convolutions = benchmark.infer.convolutions
+    layers = convolutions.layers
+
+    def function(x, kernel, depthwise):
+        x = layers.Conv(6, 3, stride=2).apply({"params": {"kernel": kernel}}, x)
+        x = layers.Conv(6, 3, depthwise=True).apply({"params": {"kernel": depthwise}}, x)
+        return layers.Conv(6, 3, depthwise=True).apply({"params": {"kernel": depthwise}}, x)
+
+    arrays = jnp.ones((1, 9, 11, 4)), jnp.ones((3, 3, 4, 6)), jnp.ones((3, 3, 1, 6))
+    found, shape = convolutions.record(function, *arrays)
+    assert shape.shape == (1, 5, 6, 6)
+    assert sorted(found.values()) == [1, 2]
+    expected = 2 * 30 * 9 * 4 * 6 + 2 * (2 * 30 * 9 * 6)
+    assert convolutions.total_flops(found) == expected
+    seconds, details = convolutions.seconds_alone(found, runs=1)
+    assert seconds > 0 and {line["count"] for line in details} == {1, 2}
+
+
+# ---- Training ----
+
+
+def test_collectives_are_counted(benchmark):
+    text = """
+  %all-reduce.1 = (f32[2,3]{1,0}, f32[]) all-reduce(%a, %b), replica_groups={}
+  %start = bf16[1048576]{0} all-gather-start(%c), dimensions={0}
+  %done = bf16[1048576]{0} all-gather-done(%start)
+  ROOT %add = f32[2,3]{1,0} add(%all-reduce.1, %d)
+"""
+    rows = {row["name"]: row for row in benchmark.train.collective_rows(text)}
+    assert {name: row["operations"] for name, row in rows.items()} == {
+        "all-gather": 1,
+        "all-reduce": 1,
+    }
+    assert rows["all-reduce"]["mib"] == 28 / 2**20
+    assert rows["all-gather"]["mib"] == 2
+
+
+def test_batch_of_clips(benchmark):
+    arguments = benchmark.parse_arguments(
+        ["train", "--crop", "49", "--batch", "4", "--objects", "2", "--accumulate", "2"]
+    )
+    mesh = benchmark.train.Mesh(np.array(benchmark.jax.devices()[:1]), ("data",))
+    batch = benchmark.train.random_batch(arguments, mesh)
+    assert batch.frames.shape == (4, 5, 49, 49, 3)
+    assert np.unique(batch.labels).tolist() == [0, 1, 2]
+    assert batch.packing.sample.shape == (2, 6)
+
+
+# ---- Inference, scoring, loading ----
+
+
+def test_infer(run):
+    figures = run("infer", "--size", "33x49", "--model", "quickstart", "--no-convolutions")
+    assert names(figures, "stages") == [
+        "prepare",
+        "backbone",
+        "embedding",
+        "global matching",
+        "local matching",
+        "instance vector",
+        "ensembler",
+        "from matching to ensembler",
+        "resize, softmax, arg-max",
+        "decode a JPEG",
+        "write a mask",
+    ]
+    per_frame, files = (row for row in figures["rows"] if row["section"] == "whole videos")
+    assert per_frame["compile_seconds"] > 0 and per_frame["frames_per_second"] > 0
+    assert files["frames_per_second"] > 0
+    assert figures["machine"]["peak_memory"]["host_mib"] > 0
+
+
+def test_score(run):
+    figures = run("score", "--size", "48x64", "--frames", "3", "--objects", "2")
+    assert all(row["frames_x_objects_per_second"] > 0 for row in figures["rows"])
+    assert {row["threads"] for row in figures["rows"]} >= {1}
+
+
+def test_load(run):
+    small = ("--size", "48x64", "--crop", "33", "--batch", "2", "--batches", "1")
+    figures = run("load", *small)
+    (row,) = figures["rows"]
+    assert row["clips_per_second"] > 0 and row["clips_per_cpu_second"] > 0
+    assert row["seconds"]["runs"] == 2
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["match", "--size", "480"], 'size is "480"; expected HEIGHTxWIDTH'),
+        (["infer", "--model", "resnet"], 'model is "resnet"; expected one of r101, mbv2'),
+        (["infer", "--dtype", "int8"], 'dtype is "int8"; expected one of float32'),
+        (["match", "--matching-dtype", "int8"], 'matching-dtype is "int8"'),
+        (["train", "--remat", "some"], 'remat is "some"; expected one of none, segment, all'),
+        (["score", "--runs", "0"], "runs is 0; expected 1 or more"),
+        (["load", "--workers", "-1"], "workers is -1; expected 0 or more"),
+    ],
+)
+def test_bad_flags(benchmark, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--crop", "48"], "crop is 48; expected 16 k"),
+        (["--batch", "3", "--accumulate", "2"], "batch is 3; expected a multiple of 2"),
+    ],
+)
+def test_bad_batches(benchmark, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.train.check_batch(benchmark.parse_arguments(["train", *arguments]), devices=1)
+
+
+def test_too_many_objects(run):
+    with pytest.raises(ValueError, match="90 objects in 48 x 64 pixels; expected room"):
+        run("infer", "--size", "48x64", "--objects", "90")
+
+
+def test_as_a_user_runs_it():
+    command = [sys.executable, str(SCRIPT), "score", "--size", "small"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith('error: --size is "small"; expected HEIGHTxWIDTH')
