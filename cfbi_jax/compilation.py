@@ -22,6 +22,9 @@ def use_compilation_cache(path: str | None = DEFAULT) -> Path | None:
         path = jax.config.jax_compilation_cache_dir or Path(home) / "cfbi_jax"
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(path))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # All of them: a second run of the same sizes compiles nothing.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Path(path)
 
 

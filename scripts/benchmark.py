@@ -6,6 +6,7 @@
     python scripts/benchmark.py score --frames 20 --objects 3
     python scripts/benchmark.py load --crop 465 --batch 8 --workers 2 [--root DAVIS]
     python scripts/benchmark.py plan --size 2160x3840 --objects 10 --references 4 --measure
+    python scripts/benchmark.py startup --size 480x854 --model r101
 
 Weights and videos are random. Every figure is the median of --runs runs after one to warm up, with
 the least and the largest beside it; compile times are apart. "limit" is the least time in which the
@@ -28,7 +29,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where another program loads this file
 
-from benchmarks import data, infer, match, measure, planning, report, train  # noqa: E402
+from benchmarks import data, infer, match, measure, planning, report, startup, train  # noqa: E402
 from benchmarks.networks import MODELS  # noqa: E402
 from benchmarks.straightforward import import_torch  # noqa: E402
 
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable] = {
     "score": data.score,
     "load": data.load,
     "plan": planning.plan,
+    "startup": startup.startup,
 }
 POSITIVE = (
     "objects",
@@ -109,6 +111,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--devices", type=int, help="use this many; on a CPU they are simulated; default: all"
     )
+
+    commands.add_parser("startup", parents=[common, sized, network])
 
     command = commands.add_parser("score", parents=[common, sized])
     command.add_argument("--frames", type=int, default=20)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Tests build the same small networks again and again: they share compiled programs, within a run.
@@ -15,6 +16,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 # Every annotated function of the package then checks the shapes of its arguments.
 install_import_hook("cfbi_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(request):
+    """Most of the tests' time is compiling: XLA optimises in full where golden numbers are met."""
+    import jax
+
+    golden = "golden" in request.module.__name__ or request.module.__name__ == "test_segmenter"
+    jax.config.update("jax_disable_most_optimizations", not golden)
 
 
 def pytest_unconfigure():
