@@ -7,6 +7,7 @@
     python scripts/benchmark.py load --crop 465 --batch 8 --workers 2 [--root DAVIS]
     python scripts/benchmark.py plan --size 2160x3840 --objects 10 --references 4 --measure
     python scripts/benchmark.py startup --size 480x854 --model r101
+    python scripts/benchmark.py all --output DIR
 
 Weights and videos are random. Every figure is the median of --runs runs after one to warm up, with
 the least and the largest beside it; compile times are apart. "limit" is the least time in which the
@@ -29,7 +30,17 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parent))  # also where another program loads this file
 
-from benchmarks import data, infer, match, measure, planning, report, startup, train  # noqa: E402
+from benchmarks import (  # noqa: E402
+    data,
+    everything,
+    infer,
+    match,
+    measure,
+    planning,
+    report,
+    startup,
+    train,
+)
 from benchmarks.networks import MODELS  # noqa: E402
 from benchmarks.straightforward import import_torch  # noqa: E402
 
@@ -45,6 +56,7 @@ COMMANDS: dict[str, Callable] = {
     "load": data.load,
     "plan": planning.plan,
     "startup": startup.startup,
+    "all": everything.everything,
 }
 POSITIVE = (
     "objects",
@@ -113,6 +125,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
 
     commands.add_parser("startup", parents=[common, sized, network])
+
+    command = commands.add_parser("all", parents=[common])
+    command.add_argument("--output", type=Path, required=True, help="folder of tables and JSON")
+    command.add_argument("--small", action="store_true", help="small sizes: tries the script")
+    command.add_argument("--only", default="", help="settings with this in their name: train,plan")
 
     command = commands.add_parser("score", parents=[common, sized])
     command.add_argument("--frames", type=int, default=20)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -217,3 +218,34 @@ def test_as_a_user_runs_it():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith('error: --size is "small"; expected HEIGHTxWIDTH')
+
+
+# ---- plan, startup ----
+
+
+def test_plan(run):
+    figures = run("plan", "--model", "quickstart", "--size", "49x65", "--objects", "2", "--measure")
+    *parts, planned, measured = figures["rows"]
+    assert planned["name"] == "planned peak" and measured["name"] == "measured peak"
+    assert planned["mib"] == pytest.approx(sum(row["mib"] for row in parts))
+    # Programs this small drown in the process' own comings and goings: no comparison.
+    assert measured["mib"] > parts[0]["mib"] > 1
+
+
+def test_plan_over_budget(benchmark, run):
+    with pytest.raises(ValueError, match="memory_mib is 1; less memory"):
+        run("plan", "--model", "quickstart", "--size", "97x129", "--budget-mib", "1")
+
+
+def test_the_backbone_in_torch_gives_the_same(benchmark):
+    """The plain version that `infer --torch` times, with the quickstart's depths and widths."""
+    pytest.importorskip("torch")
+    model = benchmark.infer.make_model("quickstart", "float32", "float32")
+    variables = benchmark.infer.random_variables(model)
+    images = np.random.default_rng(0).standard_normal((1, 49, 65, 3)).astype(np.float32)
+    plain = benchmark.infer.torch_backbone(model, variables, images, "cpu")
+    found = plain()
+    expected = model.apply(variables, jnp.asarray(images), method=lambda model, x: model.deeplab(x))
+    for a, b in zip(found, expected, strict=True):
+        assert float(jnp.std(b)) > 0.1
+        np.testing.assert_allclose(a.numpy(), b, atol=1e-4 * float(jnp.abs(b).max()))

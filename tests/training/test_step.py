@@ -32,6 +32,7 @@ from cfbi_jax.training.step import (
     create_state,
     make_train_step,
     pack_rows,
+    plan_step,
 )
 
 OBJECTS = [0, 1, 2]  # of the clips
@@ -431,6 +432,25 @@ def test_remat_computes_again(train_steps):
         train_steps(**options)
     none, segment, everything = train_steps.products.values()
     assert none < segment < everything
+
+
+def test_plan_of_a_step(variables):
+    """State, clips, and what the compiled program says; parts of a batch take less."""
+    clips = random_clips([1, 2, 1, 2], num_frames=3)
+
+    def plan(accumulate):
+        options = StepOptions(MAX_OBJECTS, SEQUENTIAL, MINING, accumulate=accumulate)
+        counts, shape = clips["num_objects"], clips["labels"].shape[1:]
+        return plan_step(tiny_model(), OFFICIAL_FORMAT, TX, options, MESH, counts, shape)
+
+    whole, halves = plan(1), plan(2)
+    weights = sum(x.nbytes for x in jax.tree.leaves(variables))
+    trained = sum(x.nbytes for x in jax.tree.leaves(variables["params"]))
+    counters = 4 + 4 + 1  # two steps and `halted`
+    assert whole.parts["weights and optimiser"] == weights + trained + counters
+    pixels = clips["labels"].size
+    assert 0 < whole.parts["clips"] - 4 * pixels < 200  # frames, labels; the rest is small
+    assert halves.parts["computation"] < 0.75 * whole.parts["computation"]
 
 
 def test_metrics(after_one_step, train_steps, variables):
