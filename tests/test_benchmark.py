@@ -245,7 +245,8 @@ def test_the_backbone_in_torch_gives_the_same(benchmark):
     images = np.random.default_rng(0).standard_normal((1, 49, 65, 3)).astype(np.float32)
     plain = benchmark.infer.torch_backbone(model, variables, images, "cpu")
     found = plain()
-    expected = model.apply(variables, jnp.asarray(images), method=lambda model, x: model.deeplab(x))
+    arrays = jax.device_put(variables), jnp.asarray(images)
+    expected = model.apply(*arrays, method=lambda model, x: model.deeplab(x))
     for a, b in zip(found, expected, strict=True):
         assert float(jnp.std(b)) > 0.1
         np.testing.assert_allclose(a.numpy(), b, atol=1e-4 * float(jnp.abs(b).max()))
