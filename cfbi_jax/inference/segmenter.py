@@ -328,14 +328,12 @@ class VideoSegmenter:
             chunks=chunks,
         )
         working = [memory.working_bytes(program.compile()) for program in (embed, predict)]
-        # A CPU embeds the next frame while it predicts this one; a GPU's programs take turns.
-        overlap = jax.default_backend() == "cpu"
         plan = MemoryPlan(
             {
                 "weights": self._weights,
                 "references": memory.tree_bytes(state.views),
                 "features of two frames": 2 * memory.tree_bytes(features),
-                "computation": sum(working) if overlap else max(working),
+                "computation": max(working),  # programs take turns
             },
             chunks,
         )
