@@ -12,11 +12,11 @@ Measured so far, in two stages on one CPU core each (README, "On real video"):
     ... --workdir=B --config.init_from=A/checkpoints/300 --config.learning_rate=0.005 \
         --config.sequential_start=0.0 --config.num_train_steps=300 --config.warmup_steps=20
 
-Cost: 3 s per step of 2 clips on one core of an AMD EPYC, half an hour in all, 6 GB of memory while
-compiling. Result, J&F on 8 validation sequences with 10 objects: 0.050 after the first stage, whose
-previous masks are the truth, 0.350 after the second. What a longer training has to beat
-(`scripts/baselines.py`): first mask repeated 0.333; nearest neighbours of pretrained features at
-stride 8, one 0.590, ten 0.597.
+Cost: 3 s per step of 2 clips on one core of an AMD EPYC, half an hour of steps and several minutes
+of compiling in all, 6 GB of memory. Result, one run, J&F on 8 validation sequences with 10 objects:
+0.050 after the first stage, 0.350 after the second. The schedule below was not run to its end. What
+a longer training has to beat (`scripts/baselines.py`): first mask repeated 0.333; nearest
+neighbours of pretrained features at stride 8, one 0.590, ten 0.597.
 """
 
 from cfbi_jax.config import default_config, source
