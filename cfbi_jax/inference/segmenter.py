@@ -310,6 +310,9 @@ class VideoSegmenter:
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
+        The video's own frames and masks are not counted. CPUs may overlap two programs, which
+        takes more: docs/performance.md has what was measured.
+
         Raises ValueError if that is more than `memory_mib`.
         """
         views = self._views_of(size)
@@ -333,7 +336,7 @@ class VideoSegmenter:
                 "weights": self._weights,
                 "references": memory.tree_bytes(state.views),
                 "features of two frames": 2 * memory.tree_bytes(features),
-                "computation": max(working),  # programs take turns
+                "computation": max(working),
             },
             chunks,
         )
