@@ -60,6 +60,9 @@ def default_config() -> ConfigDict:
     # ---- Training: where from, how long (cfbi_jax/training) ----
     # "": random weights; a checkpoint folder; a backbone's .pth or .npz (`weights.initial`).
     config.init_from = ""
+    # Give layers that `init_from` leaves random their scales from a few frames
+    # (`weights.calibration`); of no effect where it covers all of DeepLab or is a checkpoint.
+    config.calibrate = True
     # Clips of a step, over all devices and hosts.
     config.batch_size = 8
     config.num_train_steps = 100_000
@@ -75,12 +78,16 @@ def default_config() -> ConfigDict:
     config.threads = 2
 
     # ---- Training: the optimiser and the loss ----
+    # "sgd" (the paper's) or "adam", for short trainings; it wants a tenth of the rate.
+    config.optimizer = "sgd"
     config.learning_rate = 0.01
     config.min_learning_rate = 1e-5
     config.warmup_steps = 1000
     config.momentum = 0.9
     config.weight_decay = 15e-5
     config.max_gradient_norm = 5.0
+    # Train all but the backbone, which keeps the weights that it starts from.
+    config.freeze_backbone = False
     # From this share of all steps on a frame's previous mask is the network's own; 1.0: never.
     config.sequential_start = 0.5
     # At this share of all steps the loss has moved to the hardest pixels alone.

@@ -20,8 +20,13 @@ CPU_BUDGET = 1024 * MIB
 # float32 numbers that the head holds at once per pixel and row, in units of its input's channels:
 # the largest of several networks and sizes, by `scripts/benchmark.py plan`.
 HEAD_COPIES = 4.6
-# Copies of the logits of a line at the video's own size: before and after softmax, their sum.
-LINE_COPIES = 4
+# Copies of the logits of a line at the video's own size: before and after softmax, their sum, and
+# on CPUs the workspace of the library that computes the product with the interpolation matrix,
+# which is in no analysis of the compiled program.
+LINE_COPIES = 6
+LIBRARY_COPIES = 2
+# What the lines of the output may take at most.
+LINES_ROOM = 256 * MIB
 
 
 class Chunks(NamedTuple):
@@ -81,11 +86,18 @@ def choose_chunks(
       size: (height, width) of the video.
     """
 
-    def equal_parts(count: int, bytes_of_one: int | float) -> int | None:
+    def equal_parts(room: int, count: int, bytes_of_one: int | float) -> int | None:
         fit = max(1, int(room / bytes_of_one))
         return None if fit >= count else -(-count // -(-count // fit))
 
     return Chunks(
-        equal_parts(num_rows, 4 * HEAD_COPIES * head_channels * pixels),
-        equal_parts(size[0], 4 * LINE_COPIES * num_rows * size[1]),
+        equal_parts(room, num_rows, 4 * HEAD_COPIES * head_channels * pixels),
+        equal_parts(min(room, LINES_ROOM), size[0], 4 * LINE_COPIES * num_rows * size[1]),
     )
+
+
+def library_bytes(num_rows: int, lines: int, width: int) -> int:
+    """What interpolating `lines` of logits takes beside the program's own memory."""
+    if jax.default_backend() != "cpu":
+        return 0
+    return 4 * LIBRARY_COPIES * num_rows * lines * width

@@ -43,12 +43,16 @@ def get_config():
         min_reference_pixels=80,
     )
     config.batch_size = 2
-    config.num_train_steps = 600
-    config.learning_rate = 0.02
-    config.warmup_steps = 50
+    config.num_train_steps = 1600
+    config.optimizer = "adam"
+    config.learning_rate = 0.001
+    config.warmup_steps = 30
+    config.freeze_backbone = True
+    config.sequential_start = 0.0
+    config.ema_decay = 0.99
     config.workers = 0
-    config.checkpoint_every_steps = 100
-    config.eval_every_steps = 300
+    config.checkpoint_every_steps = 200
+    config.eval_every_steps = 800
     config.log_every_steps = 10
     config.picture_every_steps = 200
     return config

@@ -6,6 +6,7 @@
     python scripts/benchmark.py score --frames 20 --objects 3
     python scripts/benchmark.py load --crop 465 --batch 8 --workers 2 [--root DAVIS]
     python scripts/benchmark.py plan --size 2160x3840 --objects 10 --references 4 --measure
+    python scripts/benchmark.py video --size 96x160 --model quickstart --frames 2000
     python scripts/benchmark.py startup --size 480x854 --model r101
     python scripts/benchmark.py all --output DIR
 
@@ -40,6 +41,7 @@ from benchmarks import (  # noqa: E402
     report,
     startup,
     train,
+    video,
 )
 from benchmarks.networks import MODELS  # noqa: E402
 from benchmarks.straightforward import import_torch  # noqa: E402
@@ -55,6 +57,7 @@ COMMANDS: dict[str, Callable] = {
     "score": data.score,
     "load": data.load,
     "plan": planning.plan,
+    "video": video.video,
     "startup": startup.startup,
     "all": everything.everything,
 }
@@ -123,6 +126,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--devices", type=int, help="use this many; on a CPU they are simulated; default: all"
     )
+
+    command = commands.add_parser("video", parents=[common, sized, network])
+    command.add_argument("--frames", type=int, default=2000, help="of the video")
 
     commands.add_parser("startup", parents=[common, sized, network])
 

@@ -25,6 +25,15 @@ TINY = dict(decoder_dim=16, embedding_dim=8, matching_dim=8, ensembler_dim=16, w
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
+class TinyBackbone(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = Conv(12, 3, stride=2, padding=1, name="conv1")(images)
+        return Conv(12, 3, stride=2, padding=1, name="conv2")(
+            nn.relu(FrozenBatchNorm(name="bn")(x))
+        )
+
+
 class TinyDeepLab(nn.Module):
     backbone: str
     resnet_blocks: tuple
@@ -35,9 +44,7 @@ class TinyDeepLab(nn.Module):
 
     @nn.compact
     def __call__(self, images, dropout_keys=None):
-        x = Conv(12, 3, stride=2, padding=1, name="conv1")(images)
-        x = Conv(12, 3, stride=2, padding=1, name="conv2")(nn.relu(FrozenBatchNorm(name="bn")(x)))
-        low_level = nn.relu(x)
+        low_level = nn.relu(TinyBackbone(name="backbone")(images))
         x = low_level if dropout_keys is None else dropout(low_level, self.dropout, dropout_keys)
         return nn.relu(Conv(self.features, 3, use_bias=True, name="conv3")(x)), low_level
 

@@ -310,8 +310,8 @@ class VideoSegmenter:
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
-        The video's own frames and masks are not counted. CPUs may overlap two programs, which
-        takes more: docs/performance.md has what was measured.
+        The programs of a frame take turns, so the larger one counts. Frames that wait to be read
+        are not counted.
 
         Raises ValueError if that is more than `memory_mib`.
         """
@@ -330,13 +330,20 @@ class VideoSegmenter:
             with_probabilities=False,
             chunks=chunks,
         )
-        working = [memory.working_bytes(program.compile()) for program in (embed, predict)]
+        embedding, prediction = (
+            memory.working_bytes(program.compile()) for program in (embed, predict)
+        )
+        lines = chunks.lines_at_once or size[0]
+        prediction += memory.library_bytes(num_rows, lines, size[1])
+        # A frame, its given mask, its rows and its label.
+        frame_bytes = 6 * size[0] * size[1]
         plan = MemoryPlan(
             {
                 "weights": self._weights,
                 "references": memory.tree_bytes(state.views),
                 "features of two frames": 2 * memory.tree_bytes(features),
-                "computation": max(working),
+                "two frames and their masks": 2 * frame_bytes,
+                "computation": max(embedding, prediction),
             },
             chunks,
         )

@@ -33,6 +33,7 @@ import numpy as np
 from clu import parameter_overview
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from cfbi_jax import evaluate
@@ -58,12 +59,14 @@ from cfbi_jax.training.step import (
     pack_rows,
     replicate,
 )
+from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint, stored_image_format
 from cfbi_jax.weights.initial import initial_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
 PROFILED_STEPS = 3
+CALIBRATION_CLIPS = 16
 AHEAD = 2  # batches that wait on the devices
 
 
@@ -110,6 +113,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         accumulate=config.accumulate,
         remat=config.remat,
         ema_decay=config.ema_decay,
+        freeze_backbone=config.freeze_backbone,
     )
     clip_options = ClipOptions(**config.clips)
     model = build_model(config.model.to_dict())
@@ -144,11 +148,18 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         start = dataclasses.replace(start, image_format=image_format)
     else:
         start = initial_checkpoint(model, config.init_from, config.seed)
+        if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
+            start = calibrated(start, _pairs_of_frames(clips))
     evaluation = None
     if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
         _check_results(config, workdir, bool(begun))
     return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
+
+
+def _pairs_of_frames(clips: Clips) -> UInt8[np.ndarray, "n 2 crop crop 3"]:
+    """Reference and previous frame of the first clips."""
+    return np.stack([clips[index].frames[:2] for index in range(CALIBRATION_CLIPS)])
 
 
 def _check_numbers(config: ConfigDict) -> None:
@@ -158,6 +169,10 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "workers"):
         if config[name] < 0:
             raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
+    if config.optimizer not in schedule.OPTIMIZERS:
+        raise ValueError(
+            f'config.optimizer is "{config.optimizer}"; expected one of {schedule.OPTIMIZERS}'
+        )
     for name in ("sequential_start", "mining_end"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
@@ -227,7 +242,14 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     rate = schedule.learning_rate(
         config.learning_rate, last_step, config.warmup_steps, config.min_learning_rate
     )
-    tx = schedule.optimizer(rate, config.weight_decay, config.momentum, config.max_gradient_norm)
+    tx = schedule.optimizer(
+        rate,
+        config.weight_decay,
+        config.momentum,
+        config.max_gradient_norm,
+        config.freeze_backbone,
+        config.optimizer,
+    )
     state = create_state(training.start.variables, tx, config.seed, config.ema_decay > 0)
     plain = training.plain
     store = Checkpoints(workdir, config.keep_checkpoints, model, image_format, plain, mesh)

@@ -1,12 +1,16 @@
-"""The optimiser: SGD with Nesterov momentum, coupled weight decay, clipping, warm-up and decay."""
+"""The optimiser: clipping, the paper's SGD (Nesterov momentum, coupled weight decay) or Adam, and
+the rate's warm-up and decay."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Num
 
 POWER = 0.9
+OPTIMIZERS = ("sgd", "adam")
+ADAM_B2 = 0.99  # of squares; the usual 0.999 remembers longer than short trainings last
 
 
 def learning_rate(
@@ -26,11 +30,34 @@ def learning_rate(
 
 
 def optimizer(
-    rate: Callable, weight_decay: float, momentum: float, max_gradient_norm: float
+    rate: Callable,
+    weight_decay: float,
+    momentum: float,
+    max_gradient_norm: float,
+    freeze_backbone: bool = False,
+    name: str = "sgd",
 ) -> optax.GradientTransformation:
-    """Clips the summed gradient, then adds `weight_decay * parameter` to it, then momentum."""
+    """Clips the summed gradient; then either
+
+    "sgd": adds `weight_decay * parameter` to it, then momentum (the paper's), or
+    "adam": Adam with `momentum` as its b1, and decoupled weight decay (AdamW).
+
+    `freeze_backbone`: its weights, whose gradient is 0 then, do not decay either.
+    """
+
+    def of_head(params):
+        def of_array(path, _):
+            return "backbone" not in [key.key for key in path]
+
+        return jax.tree_util.tree_map_with_path(of_array, params)
+
+    mask = of_head if freeze_backbone else None
+    clip = optax.clip_by_global_norm(max_gradient_norm)
+    if name == "adam":
+        adam = optax.adamw(rate, b1=momentum, b2=ADAM_B2, weight_decay=weight_decay, mask=mask)
+        return optax.chain(clip, adam)
     return optax.chain(
-        optax.clip_by_global_norm(max_gradient_norm),
-        optax.add_decayed_weights(weight_decay),
+        clip,
+        optax.add_decayed_weights(weight_decay, mask=mask),
         optax.sgd(rate, momentum=momentum, nesterov=True),
     )

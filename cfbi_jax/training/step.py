@@ -51,6 +51,7 @@ class StepOptions:
     remat: what the backward pass computes again instead of keeping it: "none"; "segment", all but
         the embedding; "all".
     ema_decay: of the averaged weights; 0: none are kept.
+    freeze_backbone: the backbone keeps its weights, and no gradient of them is computed.
     """
 
     max_objects: int = 5
@@ -59,6 +60,7 @@ class StepOptions:
     accumulate: int = 1
     remat: str = "none"
     ema_decay: float = 0.0
+    freeze_backbone: bool = False
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -286,6 +288,9 @@ def clip_losses(
 
     The loss is the mean over the current frames. `batch.packing` is that of this part alone.
     """
+    if options.freeze_backbone:
+        backbone = jax.lax.stop_gradient(params["deeplab"]["backbone"])
+        params = params | {"deeplab": params["deeplab"] | {"backbone": backbone}}
     variables = {"params": params, "frozen": frozen}
     count, frames, height, width = batch.labels.shape
     size = (height, width)

@@ -128,7 +128,7 @@ class Peak:
         if self._on_cpu:
             gc.collect()
             _return_freed_memory()
-            self._before = self._largest = _resident()
+            self._before = self._largest = resident_bytes()
             self._stop = threading.Event()
             self._thread = threading.Thread(target=self._watch)
             self._thread.start()
@@ -136,7 +136,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self._largest = max(self._largest, _resident())
+            self._largest = max(self._largest, resident_bytes())
             time.sleep(SAMPLE_SECONDS)
 
     def __exit__(self, *_: Any) -> None:
@@ -148,7 +148,7 @@ class Peak:
         self.bytes = self._largest - self._before + self._taken
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 

@@ -88,7 +88,7 @@ def test_choice_of_chunks():
     assert choose_chunks(int(4.5 * row), **small).rows_at_once == 3  # 4 fit: two groups of 3
     assert choose_chunks(int(2.5 * row), **small).rows_at_once == 2
     assert choose_chunks(0, **small) == Chunks(1, 1)
-    lines = choose_chunks(20 * 4 * 4 * 6 * 64, **small).lines_at_once
+    lines = choose_chunks(20 * 4 * 6 * 6 * 64, **small).lines_at_once
     assert lines == 16  # 20 fit: three groups
 
 

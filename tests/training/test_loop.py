@@ -32,6 +32,7 @@ from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.metric_writers import read_metrics
+from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -436,6 +437,23 @@ def spoiled(weights, path, name, value):
 EMBEDDING = "pixel_embedding/pointwise"
 
 
+def test_a_random_start_is_calibrated(config, tmp_path):
+    """From the frames of the first clips; a checkpoint stays as it is."""
+    config.init_from = ""
+    training = loop.prepare(config, tmp_path / "out")
+    pairs = [training.clips[index].frames[:2] for index in range(16)]
+    start = loop.initial_checkpoint(training.start.model, "", config.seed)
+    expected = calibrated(start, np.stack(pairs))
+    jax.tree.map(np.testing.assert_array_equal, training.start.variables, expected.variables)
+    config.calibrate = False
+    plain = loop.prepare(config, tmp_path / "plain").start
+    jax.tree.map(np.testing.assert_array_equal, plain.variables, start.variables)
+    save_checkpoint(tmp_path / "saved", plain.model, plain.variables, IMAGENET_FORMAT)
+    config.init_from, config.calibrate = str(tmp_path / "saved"), True
+    loaded = loop.prepare(config, tmp_path / "loaded").start
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, start.variables)
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -549,6 +567,10 @@ def crop_size(config, root):
     config.clips.crop_size = 32
 
 
+def unknown_optimizer(config, root):
+    config.optimizer = "sdg"
+
+
 def share_of_steps(config, root):
     config.sequential_start = 50_000.0
 
@@ -580,6 +602,7 @@ def nothing_to_evaluate(config, root):
         (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
         (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
         (crop_size, ["crop_size = 32; expected 16 n + 1"]),
+        (unknown_optimizer, ['config.optimizer is "sdg"; expected one of', "adam"]),
         (share_of_steps, ["config.sequential_start is 50000.0; expected a share"]),
         (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
         (other_weights, ["wrong shape", "backbone"]),

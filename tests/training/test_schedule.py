@@ -1,5 +1,6 @@
 """The learning rate's formula, and the optimiser against NumPy and PyTorch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -82,6 +83,40 @@ def test_optimizer_is_clipped_nesterov_sgd_with_coupled_decay():
             # Float32 against float64.
             np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-6)
     assert min(norms) < LIMIT < max(norms)
+
+
+def test_adam_is_that_of_its_paper_with_decoupled_decay():
+    params, gradients = trajectory()
+    tx = optimizer(RATE, DECAY, MOMENTUM, LIMIT, name="adam")
+    found = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    state = tx.init(found)
+    first = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    second = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for step, gradient in enumerate(gradients):
+        given = {name: jnp.asarray(value, jnp.float32) for name, value in gradient.items()}
+        updates, state = tx.update(given, state, found)
+        found = optax.apply_updates(found, updates)
+        norm = np.sqrt(sum(np.sum(value**2) for value in gradient.values()))
+        for name in params:
+            slope = gradient[name] * min(1, LIMIT / norm)
+            first[name] = MOMENTUM * first[name] + (1 - MOMENTUM) * slope
+            second[name] = 0.99 * second[name] + 0.01 * slope**2
+            mean = first[name] / (1 - MOMENTUM ** (step + 1))
+            square = second[name] / (1 - 0.99 ** (step + 1))
+            move = mean / (np.sqrt(square) + 1e-8) + DECAY * params[name]
+            params[name] = params[name] - float(RATE(step)) * move
+            np.testing.assert_allclose(found[name], params[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_frozen_backbone_does_not_decay(name):
+    params = {"deeplab": {"backbone": {"kernel": jnp.ones(3)}, "decoder": {"kernel": jnp.ones(3)}}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for freeze in (False, True):
+        tx = optimizer(lambda step: 0.1, 0.5, MOMENTUM, LIMIT, freeze, name)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert np.all(updates["deeplab"]["decoder"]["kernel"] < 0)
+        assert np.all((updates["deeplab"]["backbone"]["kernel"] == 0) == freeze)
 
 
 def test_optimizer_is_pytorchs():

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -382,8 +383,8 @@ def train_steps(variables, step_clips):
     """Options -> (compiled step, its batch of `step_clips`)."""
     programs, products = {}, {}
 
-    def get(ema_decay=0.15, accumulate=1, remat="none"):
-        key = ema_decay, accumulate, remat
+    def get(ema_decay=0.15, accumulate=1, remat="none", freeze_backbone=False):
+        key = ema_decay, accumulate, remat, freeze_backbone
         batch = batch_of(step_clips, MAX_OBJECTS, parts=accumulate)
         if key not in programs:
             options = StepOptions(
@@ -393,6 +394,7 @@ def train_steps(variables, step_clips):
                 ema_decay=ema_decay,
                 accumulate=accumulate,
                 remat=remat,
+                freeze_backbone=freeze_backbone,
             )
             step = make_train_step(tiny_model(), OFFICIAL_FORMAT, TX, options, MESH)
             state = new_state(variables, ema_decay > 0)
@@ -424,6 +426,25 @@ def test_ways_to_save_memory_change_nothing(train_steps, after_one_step, variabl
     assert_close_trees(metrics, expected_metrics, 1e-4)
     assert_same_masks(prediction, expected_prediction)
     assert prediction.shape == (4, 1, *SIZE)
+
+
+def test_a_frozen_backbone_has_no_gradient(train_steps, after_one_step, variables):
+    """The others keep theirs; they are read from the optimiser's trace."""
+    step, batch = train_steps(freeze_backbone=True)
+    state, metrics, _ = step(new_state(variables, ema=True), batch)
+
+    def gradient(state, metrics):
+        clipped = min(1, 0.5 / float(metrics["gradient_norm"]))
+        trace = optax.tree_utils.tree_get(state.optimizer, "trace")
+        return jax.tree.map(
+            lambda v, p: (np.asarray(v) - DECAY * p) / clipped, trace, variables["params"]
+        )
+
+    found, expected = gradient(state, metrics), gradient(*after_one_step[:2])
+    frozen, trained = (tree["deeplab"].pop("backbone") for tree in (found, expected))
+    assert max(np.abs(x).max() for x in jax.tree.leaves(frozen)) < 1e-6
+    assert min(np.abs(x).max() for x in jax.tree.leaves(trained)) > 1e-3
+    assert_close_trees(found, expected)
 
 
 def test_remat_computes_again(train_steps):

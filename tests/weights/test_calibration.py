@@ -1,0 +1,108 @@
+"""Scales of the random layers: what the calibrated network computes, by NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import SMALL, random_variables
+
+from cfbi_jax.models.cfbi import CFBI, initial_variables
+from cfbi_jax.models.images import IMAGENET_FORMAT, prepare
+from cfbi_jax.models.layers import FrozenBatchNorm
+from cfbi_jax.weights.calibration import LOGIT_SCALE, NEAREST, calibrated
+from cfbi_jax.weights.checkpoint import Checkpoint
+
+MODEL = CFBI(**SMALL)
+
+
+def norms(tree, path=()):
+    if "var" in tree:
+        return {path: tree}
+    return {k: v for key in tree for k, v in norms(tree[key], (*path, key)).items()}
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return np.random.default_rng(0).integers(0, 256, (3, 2, 49, 49, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Random layers on a backbone with statistics."""
+    fresh, given = initial_variables(MODEL, 0), random_variables(MODEL, seed=1)
+    for collection in ("params", "frozen"):
+        backbone = given[collection]["deeplab"]["backbone"]
+        fresh[collection]["deeplab"] |= {"backbone": backbone}
+    return Checkpoint(MODEL, fresh, IMAGENET_FORMAT)
+
+
+@pytest.fixture(scope="module")
+def found(start, pairs):
+    return calibrated(start, pairs)
+
+
+def embed(checkpoint, pairs):
+    """(embedding, outputs of all frozen norms) of all frames, in one batch."""
+    images = prepare(jnp.asarray(pairs.reshape(-1, 49, 49, 3)), (49, 49), IMAGENET_FORMAT)
+    apply = partial(
+        checkpoint.model.apply,
+        method=CFBI.embed,
+        capture_intermediates=lambda module, _: isinstance(module, FrozenBatchNorm),
+    )
+    (embedding, _), captured = jax.jit(apply)(checkpoint.variables, images)
+    outputs = {}
+
+    def collect(tree, path=()):
+        for key, value in tree.items():
+            if key == "__call__":
+                outputs[path] = np.asarray(value[0], np.float64)
+            elif isinstance(value, dict):
+                collect(value, (*path, key))
+
+    collect(captured["intermediates"])
+    return np.asarray(embedding, np.float64), outputs
+
+
+def test_norms_without_statistics_normalise(start, found, pairs):
+    _, outputs = embed(found, pairs)
+    before = norms(start.variables["frozen"])
+    assert set(outputs) == set(before)
+    head = {path for path in outputs if "backbone" not in path}
+    assert len(head) == 9  # five of ASPP, its projection, three of the decoder
+    for path in head:
+        np.testing.assert_allclose(outputs[path].mean((0, 1, 2)), 0, atol=1e-4)
+        variance = outputs[path].var((0, 1, 2))
+        assert np.all(variance < 1.001)
+        assert np.median(variance) > 0.99
+
+
+def test_embedding_and_logits(start, found, pairs):
+    embedding, _ = embed(found, pairs)
+    frames = embedding.reshape(3, 2, -1, embedding.shape[-1])
+    nearest = [
+        np.square(query[:, None] - reference[None]).sum(-1).min(1) for reference, query in frames
+    ]
+    assert np.median(nearest) == pytest.approx(NEAREST, rel=1e-3)
+    for name, before in leaves(start.variables["params"]["ensembler"]["logits"]).items():
+        after = leaves(found.variables["params"]["ensembler"]["logits"])[name]
+        np.testing.assert_allclose(after, LOGIT_SCALE * np.asarray(before), rtol=1e-6)
+
+
+def test_nothing_else_changes(start, found):
+    before, after = leaves(start.variables), leaves(found.variables)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    allowed = ("['mean']", "['var']", "['logits']", "['norm2']['scale']")
+    assert changed and all(any(part in name for part in allowed) for name in changed)
+    assert not any("backbone" in name for name in changed)
+
+
+def test_a_whole_network_stays(pairs):
+    whole = Checkpoint(MODEL, random_variables(MODEL, seed=2), IMAGENET_FORMAT)
+    assert calibrated(whole, pairs) is whole
