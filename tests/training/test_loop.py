@@ -156,6 +156,27 @@ def begun(whole, tmp_path):
     return out
 
 
+def test_half_precision(config, whole, tmp_path):
+    """bfloat16 has 8 bits: on the same weights, those of two steps as the rate begins at 0, loss and
+    gradient are near those in float32; weights and optimiser stay float32."""
+    config.model.compute_dtype = "bfloat16"
+    run(config, tmp_path / "half")
+    found, expected = (
+        {
+            name: np.array([line[name] for line in read_metrics(out / "metrics.jsonl")])
+            for name in ("loss", "gradient_norm")
+        }
+        for out in (tmp_path / "half", whole)
+    )
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name][:2], values[:2], rtol=0.05)
+        assert (found[name] != values).all() and np.isfinite(found[name]).all()
+        assert len(found[name]) == STEPS
+    assert {x.dtype for x in arrays(tmp_path / "half").values()} == {
+        x.dtype for x in arrays(whole).values()
+    }
+
+
 def command(config, out, *, code="", env=None):
     """Starts the command on the tiny configuration, with the same changes as in `config`."""
     flags = [f"--config.init_from={config.init_from}", f"--config.mode={config.mode}"]
