@@ -157,8 +157,8 @@ def begun(whole, tmp_path):
 
 
 def test_half_precision(config, whole, tmp_path):
-    """bfloat16 has 8 bits: on the same weights, those of two steps as the rate begins at 0, loss and
-    gradient are near those in float32; weights and optimiser stay float32."""
+    """bfloat16 has 8 bits. On the same weights, which two steps have, as the rate begins at 0, loss
+    and gradient are near those in float32; weights and optimiser stay float32."""
     config.model.compute_dtype = "bfloat16"
     run(config, tmp_path / "half")
     found, expected = (
