@@ -16,27 +16,30 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax import memory
 from cfbi_jax.compilation import DEFAULT, compiler_options, use_compilation_cache
 from cfbi_jax.data.image_files import check_label
 from cfbi_jax.inference import test_time
+from cfbi_jax.inference.state import (
+    Features,
+    State,
+    padded_references,
+    padded_rows,
+    remember,
+    state_shapes,
+)
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.inference.video import prefetch
 from cfbi_jax.memory import MIB, Chunks, MemoryPlan
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import ImageFormat
-from cfbi_jax.models.layers import resize_labels
-from cfbi_jax.models.matching import NOBODY
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 LOGGER = logging.getLogger(__name__)
@@ -94,47 +97,6 @@ class Options:
         for name in ("max_objects", "max_long_edge", "memory_mib"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected None or 1 or more")
-
-
-# ------------------------------------------------------------------------------------- the state
-
-
-Shaped = Any  # an array or, in a plan, what stands for one
-
-
-@struct.dataclass
-class ViewState:
-    """What one view remembers, at its embedding's size. Labels hold rows; 255 is nobody's.
-
-    Only the first `State.num_references` references count.
-    """
-
-    reference: Float[Shaped, "r h w c"]
-    reference_label: UInt8[Shaped, "r h w"]
-    previous: Float[Shaped, "1 h w c"]
-    previous_label: UInt8[Shaped, "1 h w"]
-
-
-@struct.dataclass
-class State:
-    views: tuple[ViewState, ...]
-    num_references: Int[Shaped, ""] | int
-
-
-# (embedding, low-level features) of every view; views differ in size
-Features = tuple[tuple[Float[Shaped, "1 _ _ _"], Float[Shaped, "1 _ _ _"]], ...]
-
-
-def padded_rows(num_objects: int) -> int:
-    """Rows (1 + objects) that are compiled for: exact up to 8 objects, then in steps of 4."""
-    if num_objects > 8:
-        num_objects = -(-num_objects // 4) * 4
-    return 1 + num_objects
-
-
-def padded_references(count: int) -> int:
-    """References that are compiled for: 1, 2, 3, 4, then in steps of 4."""
-    return count if count <= 4 else -(-count // 4) * 4
 
 
 class VideoSegmenter:
@@ -321,7 +283,7 @@ class VideoSegmenter:
         frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
         embed = self._embed.lower(self.variables, frame, views=views)
         features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), embed.out_info)
-        state = _state_shapes(features, num_references)
+        state = state_shapes(features, num_references)
         count = jax.ShapeDtypeStruct((), np.int32)
         predict = self._predict.lower(
             *(self.variables, state, features, label, count),
@@ -572,7 +534,9 @@ class _Video:
                     with_probabilities=self._with_probabilities,
                     chunks=segmenter._chunks(self._views, self._size, num_rows, references),
                 )
-        self._remember(features, rows, as_reference=given is not None)
+        self._state = remember(
+            self._state, features, rows, self._views, as_reference=given is not None
+        )
         self.index += 1
         return self._result(rows, probabilities, given)
 
@@ -615,49 +579,3 @@ class _Video:
         table = np.zeros(256, np.uint8)
         table[list(self._ids)] = np.arange(1, len(self._ids) + 1)
         return table[mask]
-
-    def _remember(self, features: Features, rows, as_reference: bool) -> None:
-        """The frame becomes the previous one, and one more reference if it came with a mask."""
-        views = []
-        old = self._state
-        count = old.num_references if old else 0
-        for i, (view, (embedding, _)) in enumerate(zip(self._views, features, strict=True)):
-            label = _small_label(rows, embedding.shape[1:3], view.mirrored)
-            reference = old.views[i].reference if old else embedding[:0]
-            reference_label = old.views[i].reference_label if old else label[:0]
-            if as_reference:
-                reference = _append(reference, embedding, count)
-                reference_label = _append(reference_label, label, count, NOBODY)
-            views.append(ViewState(reference, reference_label, embedding, label))
-        self._state = State(tuple(views), count + as_reference)
-
-
-def _state_shapes(features: Features, num_references: int) -> State:
-    """The shapes of a state with so many references, from those of a frame's features."""
-    count = padded_references(num_references)
-
-    def view_state(embedding):
-        shape = embedding.shape[1:]
-        return ViewState(
-            jax.ShapeDtypeStruct((count, *shape), embedding.dtype),
-            jax.ShapeDtypeStruct((count, *shape[:2]), np.uint8),
-            embedding,
-            jax.ShapeDtypeStruct((1, *shape[:2]), np.uint8),
-        )
-
-    return State(tuple(view_state(embedding) for embedding, _ in features), num_references)
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _small_label(
-    rows: UInt8[Array, "height width"], size: tuple[int, int], mirrored: bool
-) -> UInt8[Array, "1 h w"]:
-    return resize_labels(test_time.mirror(rows, mirrored)[None], size)
-
-
-def _append(stack: Array, item: Array, count: int, fill: int = 0) -> Array:
-    """`item` [1, ...] at position `count` of `stack`, which grows to the next padded size."""
-    missing = padded_references(count + 1) - stack.shape[0]
-    if missing > 0:
-        stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1), constant_values=fill)
-    return stack.at[count].set(item[0])
