@@ -220,7 +220,7 @@ def test_as_a_user_runs_it():
     assert result.stderr.startswith('error: --size is "small"; expected HEIGHTxWIDTH')
 
 
-# ---- plan, startup ----
+# ---- plan, video ----
 
 
 def test_plan(run):
@@ -230,6 +230,18 @@ def test_plan(run):
     assert planned["mib"] == pytest.approx(sum(row["mib"] for row in parts))
     # Programs this small drown in the process' own comings and goings: no comparison.
     assert measured["mib"] > parts[0]["mib"] > 1
+
+
+def test_video(run):
+    figures = run(
+        *("video", "--model", "quickstart", "--size", "49x65"),
+        *("--objects", "2", "--frames", "24"),
+    )
+    early, end, largest, frame = figures["rows"]
+    assert early["mib"] > 0 and 0 < end["mib"] <= largest["mib"]
+    assert frame["seconds"]["runs"] == 4
+    with pytest.raises(ValueError, match="frames is 20; expected more than 20"):
+        run("video", "--frames", "20")
 
 
 def test_plan_over_budget(benchmark, run):

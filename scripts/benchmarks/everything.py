@@ -32,6 +32,8 @@ def settings(small: bool) -> dict[str, list[str]]:
     large = sizes[-1] if small else "2160x3840"
     found["plan-large"] = ["plan", "--model", models[0], "--size", large, "--objects", "20"]
     found["plan-large"] += ["--measure"]
+    frames = "40" if small else "2000"
+    found["video"] = ["video", "--model", "quickstart", "--size", "97x129", "--frames", frames]
     found["startup"] = ["startup", *common]
     for dtype, remat in itertools.product(dtypes, ["none", "segment", "all"]):
         name = f"train-{dtype}-{remat}"

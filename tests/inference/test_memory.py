@@ -114,6 +114,14 @@ def test_a_small_budget_gives_the_same_masks(monkeypatch):
     assert len(np.unique(found[-1])) > 1
 
 
+def test_a_long_video_holds_no_more_than_a_short_one():
+    held = []
+    for _ in small_segmenter().segment(random_video(24), {0: FOUR_OBJECTS}):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert len(set(held[3:-3])) <= 2  # the reader's thread may be a frame ahead, or not yet
+    assert max(held[12:]) <= max(held[3:12])
+
+
 def test_plan():
     segmenter = small_segmenter()
     plan = segmenter.plan((40, 56), num_objects=2)
