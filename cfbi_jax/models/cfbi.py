@@ -347,7 +347,8 @@ def mask_padding(
 
 def parameter_shapes(model: CFBI) -> dict:
     """Shapes and dtypes of all variables (`params` and `frozen`), nothing allocated."""
-    return jax.tree.map(lambda x: x, _parameter_shapes(model))  # dictionaries of the caller's own
+    hashable = build_model(model_config(model))  # lists as tuples
+    return jax.tree.map(lambda x: x, _parameter_shapes(hashable))  # the caller's own dictionaries
 
 
 @lru_cache(maxsize=8)
