@@ -6,8 +6,8 @@
 The data are DAVIS videos reduced to 240 lines in DAVIS' layout, resolution folder `240p`. Decoder
 and ensembler have half of their usual widths, the local windows half of their reach.
 
-Settings for a short training, unlike the paper's: a frozen backbone, Adam, averaged weights, and the
-network's own masks from the first step on. README, "On real video", says why, and has the ablations:
+Settings for a short training, unlike the paper's: a frozen backbone, Adam, averaged weights, the
+network's own masks from the first step on. README, "On real video", says why; its ablations are
 
     ... --config.num_train_steps=300 [--config.sequential_start=1.0]
 
