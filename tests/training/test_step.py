@@ -403,7 +403,11 @@ def train_steps(variables, step_clips):
             programs[key] = lowered.compile(compiler_options=QUICK)
         return programs[key], batch
 
-    get.products = products
+    def products_of(ema_decay=0.15, accumulate=1, remat="none"):
+        get(ema_decay, accumulate, remat)
+        return products[ema_decay, accumulate, remat, False]
+
+    get.products_of = products_of
     return get
 
 
@@ -449,9 +453,8 @@ def test_a_frozen_backbone_has_no_gradient(train_steps, after_one_step, variable
 
 def test_remat_computes_again(train_steps):
     """Or the test above would show nothing."""
-    for options in (dict(), dict(accumulate=2, remat="segment"), dict(remat="all")):
-        train_steps(**options)
-    none, segment, everything = train_steps.products.values()
+    ways = [dict(), dict(accumulate=2, remat="segment"), dict(remat="all")]
+    none, segment, everything = (train_steps.products_of(**way) for way in ways)
     assert none < segment < everything
 
 
