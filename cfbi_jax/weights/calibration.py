@@ -1,6 +1,6 @@
 """Scales of the random layers on top of a pretrained backbone, from a few frames.
 
-    start = calibrated(initial_checkpoint(model, "backbone.npz", seed), clips)
+    start = calibrated(initial_checkpoint(model, "backbone.npz", seed), pairs_of_frames)
 
 The paper starts from a DeepLabv3+ whose batch norms hold statistics. A file that covers the
 backbone alone leaves norms that normalise nothing, since they are frozen: the features that happen
@@ -41,7 +41,8 @@ Path = tuple[str, ...]
 
 def calibrated(start: Checkpoint, pairs: UInt8[np.ndarray, "n 2 height width 3"]) -> Checkpoint:
     """`start` with scales from `pairs` of RGB frames, two of a video each; unchanged where no norm
-    is the identity, as in a whole network that was trained."""
+    is the identity, as in a whole network that was trained. The embedding keeps its scale where
+    half of the pixels are the same in both frames of a pair."""
     unset = _identities(start.variables["frozen"])
     if not unset:
         return start
@@ -53,7 +54,7 @@ def calibrated(start: Checkpoint, pairs: UInt8[np.ndarray, "n 2 height width 3"]
         norm = _at(variables["frozen"], path)
         norm["mean"], norm["var"] = mean, variance
     embedding = variables["params"]["pixel_embedding"]["norm2"]
-    scale = jnp.sqrt(NEAREST / nearest)
+    scale = jnp.where(nearest > 0, jnp.sqrt(NEAREST / nearest), 1)
     embedding["scale"], embedding["bias"] = embedding["scale"] * scale, embedding["bias"] * scale
     logits = variables["params"]["ensembler"]["logits"]
     logits.update(jax.tree.map(lambda x: LOGIT_SCALE * x, logits))

@@ -104,6 +104,13 @@ def test_nothing_else_changes(start, found):
     assert not any("backbone" in name for name in changed)
 
 
+def test_still_videos_leave_the_embedding_as_it_is(start, pairs):
+    found = calibrated(start, pairs[:, [0, 0]])
+    before, after = (x.variables["params"]["pixel_embedding"] for x in (start, found))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.variables))
+
+
 def test_a_whole_network_stays(pairs):
     whole = Checkpoint(MODEL, random_variables(MODEL, seed=2), IMAGENET_FORMAT)
     assert calibrated(whole, pairs) is whole
