@@ -126,5 +126,7 @@ def source(**fields) -> ConfigDict:
     config.weight = 1
     # Take single pictures and their masks, and move them at random (pre-training).
     config.static = False
+    # Paste another video's objects into this share of the videos (`data.pasted`).
+    config.paste = 0.0
     config.update(fields)
     return config

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.clips import ClipSource
+from cfbi_jax.data.pasted import PastedVideos
 from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
 from cfbi_jax.data.synthetic import SyntheticVideos
@@ -52,12 +53,14 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
         videos = RecordVideos(
             prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
         )
-    return StaticClips(videos) if source["static"] else videos
+    if source["static"]:
+        videos = StaticClips(videos)
+    return PastedVideos(videos, source["paste"]) if source["paste"] else videos
 
 
 def contents(source: ClipSource) -> str:
     """Which files a source has: a hash of their names and sizes; "" for videos that are drawn."""
-    if isinstance(source, StaticClips):
+    while isinstance(source, (StaticClips, PastedVideos)):
         source = source.source
     return source.digest if isinstance(source, RecordVideos) else ""
 

@@ -10,7 +10,7 @@ from cfbi_jax.config import source
 from cfbi_jax.data import synthetic
 from cfbi_jax.data.clips import ClipSource
 from cfbi_jax.data.image_files import read_frame
-from cfbi_jax.data.sources import clip_source
+from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.data.static_images import StaticClips
 
 SIZE = (48, 64)
@@ -118,6 +118,15 @@ def test_static(tmp_path, davis_root):
     assert [video.name for video in videos] == [f"synthetic-000{i}" for i in (1, 2, 3)]
     assert {len(video) for video in videos} == {8}  # the files have three frames
     assert not np.array_equal(videos[0].frame(0), videos[0].frame(7))
+
+
+def test_paste(tmp_path, davis_root):
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p")
+    plain, pasted = make(tmp_path, **fields), make(tmp_path, **fields, static=True, paste=1.0)
+    assert [video.name.count("+") for video in videos_of(pasted)] == [1, 1, 1]
+    assert contents(pasted) == contents(plain) != ""
+    with pytest.raises(ValueError, match="paste = 2.0; expected a share from 0 to 1"):
+        make(tmp_path, **fields, paste=2.0)
 
 
 def test_records_go_to_the_cache_unless_told(tmp_path, davis_root, monkeypatch):
