@@ -24,9 +24,10 @@ FAR = 5e4  # squared distance that stands for "no such pixel"; below float16's l
 NOBODY = 255  # label of pixels that match nothing
 
 # Chunks of the global distance matrix. One chunk is all of it that ever exists, so they bound the
-# memory; these sizes were the fastest of those tried on 2 CPU cores.
-QUERY_CHUNK = 2048
-REFERENCE_TILE = 512
+# memory. On CPUs these sizes were the fastest of those tried, on 2 cores. Elsewhere every chunk
+# costs several launches, so there are few and large ones (128 MiB in float32): not measured yet.
+QUERY_CHUNK, REFERENCE_TILE = 2048, 512
+LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE = 16_384, 2048
 # Width of the strips in which local matching correlates rows of pixels.
 STRIP = 64
 
@@ -176,6 +177,13 @@ def _nearest_backward(num_rows, residuals, gradient):
 nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
 
 
+def _chunk_sizes() -> tuple[int, int]:
+    """Query pixels and reference pixels of a chunk of the distance matrix."""
+    if jax.default_backend() == "cpu":
+        return QUERY_CHUNK, REFERENCE_TILE
+    return LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE
+
+
 def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
     """Tile -> squared distances [chunk, n]; infinite where the tile is padding."""
     query_norm = _squared_norm(query)[:, None]
@@ -190,7 +198,7 @@ def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
 def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):
     """Maps `[chunk, c] -> [rows, chunk]` over chunks of the queries: `[q, rows]` per output."""
     num_queries, channels = query.shape
-    chunk = min(QUERY_CHUNK, num_queries)
+    chunk = min(_chunk_sizes()[0], num_queries)
     padded = jnp.pad(query, ((0, -num_queries % chunk), (0, 0)))
     outputs = jax.lax.map(one_chunk, padded.reshape(-1, chunk, channels))
     return jax.tree.map(
@@ -212,7 +220,7 @@ def _tiles_by_row(
 ) -> _Tiles:
     """Sorts pixels into tiles of one row each."""
     num_pixels = reference.shape[0]
-    tile = min(REFERENCE_TILE, num_pixels)
+    tile = min(_chunk_sizes()[1], num_pixels)
     num_tiles = num_pixels // tile + num_rows  # enough for any labels
 
     row = jnp.where(label < num_rows, label, num_rows).astype(jnp.int32)
