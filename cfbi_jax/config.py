@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from cfbi_jax.data.clips import ClipOptions
-from cfbi_jax.inference.segmenter import Options
+from cfbi_jax.inference.options import Options
 from cfbi_jax.models.cfbi import CFBI, model_config
 
 
@@ -46,7 +46,7 @@ def default_config() -> ConfigDict:
     # YouTube-VOS: run through all frames (30 per second) instead of every fifth. Other scores!
     config.data.all_frames = False
 
-    # How videos are segmented: the fields of `cfbi_jax.inference.segmenter.Options`.
+    # How videos are segmented: the fields of `cfbi_jax.inference.options.Options`.
     config.inference = ConfigDict()
     for field in dataclasses.fields(Options):
         optional = field.default is None

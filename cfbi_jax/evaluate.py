@@ -22,7 +22,8 @@ from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
 from cfbi_jax.evaluation.submission import write_zip
 from cfbi_jax.inference import dataset
-from cfbi_jax.inference.segmenter import Options, VideoSegmenter
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import build_model, initial_variables, model_config
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -85,7 +86,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         dataset.check_made_by(videos, workdir, made_by)
     segmenter = VideoSegmenter.from_loaded(checkpoint, options)
     for video in videos:
-        segmenter.check_reference_count(len(video.given), video.name)
+        options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
 
 
@@ -93,7 +94,7 @@ def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
     """The same evaluation of other weights, in place of the old results; compiles nothing anew."""
     # As NumPy arrays: those of another sharding would have everything compiled again.
     variables = jax.tree.map(np.asarray, variables)
-    evaluation.segmenter.variables = jax.device_put(variables)
+    evaluation.segmenter.programs.variables = jax.device_put(variables)
     made_by = evaluation.made_by | {"weights": digest(variables)}
     return dataclasses.replace(evaluation, made_by=made_by, overwrite=True)
 
@@ -126,7 +127,7 @@ def run(
             seconds,
             frames / seconds,
             frames / compute,
-            evaluation.segmenter.num_compilations,
+            evaluation.segmenter.programs.num_compilations,
         )
     left = dataset.unfinished(videos, workdir)
     if left:

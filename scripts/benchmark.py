@@ -47,7 +47,7 @@ from benchmarks.networks import MODELS  # noqa: E402
 from benchmarks.straightforward import import_torch  # noqa: E402
 
 from cfbi_jax.compilation import use_compilation_cache  # noqa: E402
-from cfbi_jax.inference.segmenter import DTYPES  # noqa: E402
+from cfbi_jax.inference.options import DTYPES  # noqa: E402
 from cfbi_jax.training.step import REMAT  # noqa: E402
 
 COMMANDS: dict[str, Callable] = {

@@ -29,12 +29,9 @@ from benchmarks.report import Row, make_row
 from benchmarks.torch_backbone import torch_backbone
 from cfbi_jax.data import image_files
 from cfbi_jax.inference import test_time
-from cfbi_jax.inference.segmenter import (
-    Options,
-    VideoSegmenter,
-    padded_references,
-    padded_rows,
-)
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.segmenter import VideoSegmenter
+from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.inference.video import MaskWriter, read_frames
 from cfbi_jax.models import matching
 from cfbi_jax.models.attention import instance_vector
@@ -245,7 +242,7 @@ def video_rows(
         "a frame, in memory",
         per_frame,
         compile_seconds=compile_seconds,
-        compilations=segmenter.num_compilations,
+        compilations=segmenter.programs.num_compilations,
         frames_per_second=1 / per_frame.median,
     )
     with tempfile.TemporaryDirectory() as folder:

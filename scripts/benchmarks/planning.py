@@ -17,7 +17,8 @@ from benchmarks.measure import MIB, Limits
 from benchmarks.networks import block_label, make_model, random_frames, random_variables
 from benchmarks.report import Row, make_row
 from benchmarks.train import FRAMES, check_batch, random_batch
-from cfbi_jax.inference.segmenter import Options, VideoSegmenter
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.memory import MemoryPlan
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import schedule

@@ -9,7 +9,8 @@ from benchmarks.measure import MIB, Times
 from benchmarks.networks import block_label, make_model, random_frames, random_variables
 from benchmarks.planning import resident_bytes
 from benchmarks.report import Row, make_row
-from cfbi_jax.inference.segmenter import Options, VideoSegmenter
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.models.images import IMAGENET_FORMAT
 
 EARLY_FRAME = 20  # all that a video needs is there

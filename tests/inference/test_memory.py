@@ -10,9 +10,8 @@ from small import mask_of, random_variables, random_video, small_network
 from tiny import tiny_model, tiny_parts
 
 import cfbi_jax
-from cfbi_jax.inference import segmenter as segmenter_module
-from cfbi_jax.inference import test_time
-from cfbi_jax.inference.segmenter import Options
+from cfbi_jax.inference import programs, test_time
+from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.memory import Chunks, MemoryPlan, choose_chunks, tree_bytes
 from cfbi_jax.models.cfbi import CFBI
@@ -100,7 +99,7 @@ def test_a_small_budget_gives_the_same_masks(monkeypatch):
         chosen.append(choose_chunks(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(segmenter_module.memory, "choose_chunks", choose)
+    monkeypatch.setattr(programs.memory, "choose_chunks", choose)
     expected = list(small_segmenter().segment(frames, masks, return_probabilities=True))
     assert set(chosen) == {Chunks(None, None)}
     chosen.clear()
@@ -127,7 +126,7 @@ def test_plan():
     plan = segmenter.plan((40, 56), num_objects=2)
     _, variables = small_network()
     assert plan.parts["weights"] == sum(x.nbytes for x in jax.tree.leaves(variables))
-    channels = segmenter.model.embedding_dim
+    channels = segmenter.programs.model.embedding_dim
     # The network sees 33 x 49 pixels; reference and previous frame with a label each.
     assert plan.parts["references"] == 2 * 9 * 13 * (4 * channels + 1)
     assert plan.peak == sum(plan.parts.values()) and "weights" in str(plan)
@@ -140,9 +139,9 @@ def test_plan():
 def test_plan_compiles_what_the_video_runs():
     segmenter = small_segmenter()
     segmenter.plan((40, 56), num_objects=4)
-    compiled = segmenter.num_compilations
+    compiled = segmenter.programs.num_compilations
     list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
-    assert segmenter.num_compilations == compiled
+    assert segmenter.programs.num_compilations == compiled
 
 
 def test_plan_over_budget_says_what_helps():
@@ -163,10 +162,10 @@ def exhausted(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
 
 
-@pytest.mark.parametrize("function", ["_embed", "_predict"])
+@pytest.mark.parametrize("function", ["embed", "predict"])
 def test_out_of_memory_says_what_helps(monkeypatch, function):
     segmenter = small_segmenter()
-    monkeypatch.setattr(segmenter, function, exhausted)
+    monkeypatch.setattr(segmenter.programs, function, exhausted)
     with pytest.raises(MemoryError, match="(?s)max_long_edge.*allocating 99 bytes"):
         list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
 
@@ -176,7 +175,7 @@ def test_other_errors_of_the_device_go_on(monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     segmenter = small_segmenter()
-    monkeypatch.setattr(segmenter, "_embed", fail)
+    monkeypatch.setattr(segmenter.programs, "embed", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
 

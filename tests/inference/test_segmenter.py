@@ -9,7 +9,8 @@ import recipe
 from small import mask_of, random_video, small_network
 
 import cfbi_jax
-from cfbi_jax.inference.segmenter import Options, padded_references, padded_rows
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
 from cfbi_jax.weights.official import convert_state_dict
 
@@ -170,15 +171,15 @@ def test_one_compilation_per_size_objects_and_references():
     segmenter = small_segmenter()
     masks = {0: mask_of(BOXES)}
     list(segmenter.segment(random_video(5), masks))
-    assert segmenter.num_compilations == 2  # embedding, prediction
+    assert segmenter.programs.num_compilations == 2  # embedding, prediction
     list(segmenter.segment(random_video(3, seed=4), masks))
-    assert segmenter.num_compilations == 2
+    assert segmenter.programs.num_compilations == 2
     list(segmenter.segment(random_video(3), {0: mask_of({3: BOXES[1]})}))  # one object
-    assert segmenter.num_compilations == 3
+    assert segmenter.programs.num_compilations == 3
     list(segmenter.segment(random_video(3), {0: mask_of(BOXES), 1: mask_of(BOXES)}))
-    assert segmenter.num_compilations == 4  # two references
+    assert segmenter.programs.num_compilations == 4  # two references
     list(segmenter.segment(random_video(3, (24, 32)), {0: mask_of({1: BOXES[1]}, (24, 32))}))
-    assert segmenter.num_compilations == 6
+    assert segmenter.programs.num_compilations == 6
 
 
 def test_padded_sizes():
@@ -243,7 +244,7 @@ def test_options_from_checkpoint(tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert segmenter.options.scales == (1.0, 1.5)
-    assert segmenter.model.global_atrous_rate == 2
+    assert segmenter.programs.model.global_atrous_rate == 2
     labels = list(segmenter.segment(random_video(2), {0: mask_of(BOXES)}))
     assert labels[1].shape == (40, 56)
     with pytest.raises(TypeError, match="scale"):

@@ -1,0 +1,69 @@
+"""How a video is segmented."""
+
+import dataclasses
+from collections.abc import Sequence
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a video is segmented. The defaults are exact; what trades exactness is off.
+
+    scales: test scales; their probabilities are averaged at the video's own size.
+    flip: adds the mirror image of every scale.
+    max_long_edge: limit of the long edge in pixels before the scale applies; None: 1040 for a
+        single scale, 800 for several, as released.
+    global_atrous_rate, local_atrous_rate: match with every r-th row and column of pixels only.
+    compute_dtype: of the convolutions; matching_dtype: of the embedding distances. float32,
+        bfloat16 or float16.
+    max_references: how many frames with masks one video may have; more is an error.
+    max_objects: None, as many as the masks have. A number: rows are always padded to it, so that
+        one compilation serves any video, and more objects are an error.
+    memory_mib: what weights and arrays may take, in MiB. Where objects or the video's size need
+        more, fewer object rows and lines of pixels are computed at a time. None: 80 % of the
+        device's memory, on CPUs 1 GiB.
+    """
+
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    max_long_edge: int | None = None
+    global_atrous_rate: int = 1
+    local_atrous_rate: int = 1
+    matching_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    max_references: int = 32
+    max_objects: int | None = None
+    memory_mib: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales is {self.scales}; expected one or more positive numbers")
+        for name in ("global_atrous_rate", "local_atrous_rate", "max_references"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("matching_dtype", "compute_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f'{name} is "{getattr(self, name)}"; expected one of {DTYPES}')
+        for name in ("max_objects", "max_long_edge", "memory_mib"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected None or 1 or more")
+
+    def check_object_count(self, count: int) -> None:
+        """Raises ValueError for more objects than `max_objects`."""
+        limit = self.max_objects
+        if limit is not None and count > limit:
+            raise ValueError(
+                f"the masks hold {count} objects, and max_objects is {limit}: no row is left for "
+                f"{count - limit} of them; raise max_objects or leave it None"
+            )
+
+    def check_reference_count(self, count: int, video: str = "the video") -> None:
+        """Raises ValueError, naming the video, for more masks than `max_references`."""
+        limit = self.max_references
+        if count > limit:
+            raise ValueError(
+                f"{video} has masks for {count} frames, and max_references is {limit}: raise "
+                "max_references (memory and the time per frame grow with the masks)"
+            )

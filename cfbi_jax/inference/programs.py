@@ -1,0 +1,214 @@
+"""The two jitted functions that a frame takes, and what they need.
+
+frame --> embed ------------> features ---+--> predict --> label, probabilities
+                               State -----+
+"""
+
+import logging
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from cfbi_jax import memory
+from cfbi_jax.compilation import compiler_options
+from cfbi_jax.inference import test_time
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.state import (
+    Features,
+    State,
+    padded_references,
+    padded_rows,
+    state_shapes,
+)
+from cfbi_jax.inference.test_time import View
+from cfbi_jax.memory import MIB, Chunks, MemoryPlan
+from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.images import ImageFormat
+
+LOGGER = logging.getLogger(__name__)
+
+LESS_MEMORY = (
+    "less memory: a smaller max_long_edge (pixels at the network), fewer scales or no flip, a "
+    "smaller max_references; a smaller memory_mib computes fewer objects at a time"
+)
+
+
+class Programs:
+    """A network as it segments videos.
+
+    Attributes:
+      model: with the types and atrous rates of `options`.
+      variables: of the network, on the device; others of the same shapes may take their place.
+      embed: (variables, frame, views=) -> `Features`.
+      predict: see `_predict_views`.
+      num_compilations: programs made so far.
+    """
+
+    def __init__(
+        self, model: CFBI, variables: Mapping, image_format: ImageFormat, options: Options
+    ):
+        self.options = options
+        self.image_format = image_format
+        self.model = model.clone(
+            global_atrous_rate=options.global_atrous_rate,
+            local_atrous_rate=options.local_atrous_rate,
+            compute_dtype=jnp.dtype(options.compute_dtype).type,
+            matching_dtype=jnp.dtype(options.matching_dtype).type,
+        )
+        self.variables = jax.device_put(variables)
+        self.num_compilations = 0
+        self.embed = jax.jit(
+            self._embed_views, static_argnames="views", compiler_options=compiler_options()
+        )
+        self.predict = jax.jit(
+            self._predict_views,
+            static_argnames=("views", "num_rows", "with_probabilities", "chunks"),
+            compiler_options=compiler_options(),
+        )
+
+    def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
+        """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
+
+        The programs of a frame take turns, so the larger one counts. Frames that wait to be read
+        are not counted.
+
+        Raises ValueError if that is more than `memory_mib`.
+        """
+        views = self.views_of(size)
+        num_rows = self.num_rows(num_objects)
+        chunks = self.chunks(views, size, num_rows, num_references)
+        frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
+        embed = self.embed.lower(self.variables, frame, views=views)
+        features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), embed.out_info)
+        state = state_shapes(features, num_references)
+        count = jax.ShapeDtypeStruct((), np.int32)
+        predict = self.predict.lower(
+            *(self.variables, state, features, label, count),
+            views=views,
+            num_rows=num_rows,
+            with_probabilities=False,
+            chunks=chunks,
+        )
+        embedding, prediction = (
+            memory.working_bytes(program.compile()) for program in (embed, predict)
+        )
+        lines = chunks.lines_at_once or size[0]
+        prediction += memory.library_bytes(num_rows, lines, size[1])
+        # A frame, its given mask, its rows and its label.
+        frame_bytes = 6 * size[0] * size[1]
+        plan = MemoryPlan(
+            {
+                "weights": memory.tree_bytes(self.variables),
+                "references": memory.tree_bytes(state.views),
+                "features of two frames": 2 * memory.tree_bytes(features),
+                "two frames and their masks": 2 * frame_bytes,
+                "computation": max(embedding, prediction),
+            },
+            chunks,
+        )
+        self._check_budget(plan, size, num_objects)
+        return plan
+
+    def _check_budget(self, plan: MemoryPlan, size: tuple[int, int], num_objects: int) -> None:
+        budget = self.options.memory_mib
+        if budget is not None and plan.peak > budget * MIB:
+            raise ValueError(
+                f"a video of {size[0]} x {size[1]} with {num_objects} objects takes {plan}, and "
+                f"memory_mib is {budget}; {LESS_MEMORY}"
+            )
+
+    def views_of(self, size: tuple[int, int]) -> tuple[View, ...]:
+        options = self.options
+        return test_time.views_of(size, options.scales, options.flip, options.max_long_edge)
+
+    def num_rows(self, num_objects: int) -> int:
+        limit = self.options.max_objects
+        return padded_rows(num_objects) if limit is None else 1 + limit
+
+    def chunks(
+        self, views: tuple[View, ...], size: tuple[int, int], num_rows: int, num_references: int
+    ) -> Chunks:
+        model, options = self.model, self.options
+        pixels = [-(-view.size[0] // 4) * -(-view.size[1] // 4) for view in views]
+        # An embedding of every reference and of three frames, and the maps of a frame's rows.
+        per_pixel = (padded_references(num_references) + 3) * model.embedding_dim
+        maps = 3 * num_rows * (3 + 2 * len(model.windows))
+        fixed = memory.tree_bytes(self.variables) + 4 * sum(pixels) * per_pixel
+        fixed += 4 * max(pixels) * maps
+        budget = memory.default_budget()
+        if options.memory_mib is not None:
+            budget = options.memory_mib * MIB
+        channels = 3 * model.embedding_dim + model.matching_dim
+        return memory.choose_chunks(max(budget - fixed, 0), max(pixels), channels, num_rows, size)
+
+    def _embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
+        self._log_compilation("embedding", frame.shape[:2], views)
+        return tuple(
+            self.model.apply(
+                variables,
+                test_time.view_frame(frame, view, self.image_format),
+                method=CFBI.embed,
+            )
+            for view in views
+        )
+
+    def _predict_views(
+        self,
+        variables,
+        state: State,
+        features: Features,
+        given: UInt8[Array, "height width"],
+        num_objects: Int[Array, ""],
+        views: tuple[View, ...],
+        num_rows: int,
+        with_probabilities: bool,
+        chunks: Chunks,
+    ) -> tuple[UInt8[Array, "height width"], Float[Array, "rows height width"] | None]:
+        """(rows of all pixels, given ones included; probabilities of the prediction)."""
+        size = given.shape
+        references = state.views[0].reference.shape[0]
+        self._log_compilation(f"{num_rows - 1} objects, {references} references", size, views)
+        logits = []
+        for view_state, (current, low_level) in zip(state.views, features, strict=True):
+            of_view = self.model.apply(
+                variables,
+                view_state.reference[None],
+                view_state.reference_label[None],
+                jnp.full(1, state.num_references),
+                view_state.previous,
+                view_state.previous_label,
+                current,
+                low_level,
+                num_objects[None],
+                num_rows,
+                None,
+                chunks.rows_at_once,
+                method=CFBI.segment,
+            )
+            logits.append(of_view[0])
+        probabilities = None
+        if with_probabilities:
+            probabilities = test_time.mean_probabilities(logits, views, size, num_objects)
+            label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
+        else:
+            lines = chunks.lines_at_once or size[0]
+            label = test_time.most_likely_rows(logits, views, size, num_objects, lines)
+        return jnp.where(given > 0, given, label), probabilities
+
+    def _log_compilation(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
+        # Python runs the body of a jitted function exactly when a new program is compiled.
+        self.num_compilations += 1
+        seen = ", ".join(
+            f"{view.size[0]} x {view.size[1]}{' mirrored' if view.mirrored else ''}"
+            for view in views
+        )
+        LOGGER.info(
+            "compilation %d: %s, video %d x %d, network %s",
+            self.num_compilations,
+            what,
+            *size,
+            seen,
+        )
