@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
-from cfbi_jax.training import loop
+from cfbi_jax.training import loop, preparation
 
 LOGGER = logging.getLogger("cfbi_jax.main")
 MODES = ("train", "eval", "train_and_eval")
@@ -36,13 +36,14 @@ def main(_) -> None:
         sys.exit(f'error: config.mode is "{config.mode}"; expected one of {MODES}')
     if DISTRIBUTED.value:
         _join(DISTRIBUTED.value)
-    module = evaluate if config.mode == "eval" else loop
+    evaluating = config.mode == "eval"
+    prepare = evaluate.prepare if evaluating else preparation.prepare
     try:
-        prepared = module.prepare(config, Path(WORKDIR.value))
+        prepared = prepare(config, Path(WORKDIR.value))
     except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")
     try:
-        module.run(prepared)
+        (evaluate if evaluating else loop).run(prepared)
     except loop.Stopped as stopped:
         LOGGER.warning("%s", stopped)
         sys.exit(128 + signal.SIGTERM)

@@ -17,7 +17,7 @@ from small import random_variables
 from tiny import QUICK, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.models.images import OFFICIAL_FORMAT
-from cfbi_jax.training.loop import device_batch
+from cfbi_jax.training.feeding import device_batch
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step, replicate
 

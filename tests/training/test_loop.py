@@ -29,7 +29,7 @@ from cfbi_jax import main
 from cfbi_jax.data import synthetic
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
-from cfbi_jax.training import loop, schedule
+from cfbi_jax.training import loop, preparation, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.metric_writers import read_metrics
 from cfbi_jax.weights.calibration import calibrated
@@ -56,13 +56,13 @@ def quick():
             (loop, "make_train_step"),
         ):
             patch.setattr(module, name, functools.cache(getattr(module, name)))
-        read = functools.cache(loop.initial_checkpoint)
+        read = functools.cache(preparation.initial_checkpoint)
 
         def initial_checkpoint(*arguments):
             start = read(*arguments)  # copied, as the first step gives its memory away
             return dataclasses.replace(start, variables=jax.tree.map(np.array, start.variables))
 
-        patch.setattr(loop, "initial_checkpoint", initial_checkpoint)
+        patch.setattr(preparation, "initial_checkpoint", initial_checkpoint)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -87,7 +87,7 @@ def tiny(weights):
 
 
 def run(config, out):
-    loop.run(loop.prepare(config, out))
+    loop.run(preparation.prepare(config, out))
 
 
 def error_of(config, out, monkeypatch) -> str:
@@ -461,17 +461,17 @@ EMBEDDING = "pixel_embedding/pointwise"
 def test_a_random_start_is_calibrated(config, tmp_path):
     """From the frames of the first clips; a checkpoint stays as it is."""
     config.init_from = ""
-    training = loop.prepare(config, tmp_path / "out")
+    training = preparation.prepare(config, tmp_path / "out")
     pairs = [training.clips[index].frames[:2] for index in range(16)]
-    start = loop.initial_checkpoint(training.start.model, "", config.seed)
+    start = preparation.initial_checkpoint(training.start.model, "", config.seed)
     expected = calibrated(start, np.stack(pairs))
     jax.tree.map(np.testing.assert_array_equal, training.start.variables, expected.variables)
     config.calibrate = False
-    plain = loop.prepare(config, tmp_path / "plain").start
+    plain = preparation.prepare(config, tmp_path / "plain").start
     jax.tree.map(np.testing.assert_array_equal, plain.variables, start.variables)
     save_checkpoint(tmp_path / "saved", plain.model, plain.variables, IMAGENET_FORMAT)
     config.init_from, config.calibrate = str(tmp_path / "saved"), True
-    loaded = loop.prepare(config, tmp_path / "loaded").start
+    loaded = preparation.prepare(config, tmp_path / "loaded").start
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, start.variables)
 
 
@@ -501,7 +501,7 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
     out = tmp_path / "out"
     config.init_from = spoiled(weights, tmp_path / "spoiled", f"params/{name}", value)
     config.log_every_steps = 2  # known a step later
-    clips = loop.prepare(config, tmp_path / "other").clips
+    clips = preparation.prepare(config, tmp_path / "other").clips
     text = error_of(config, out, monkeypatch)
     assert re.search(f"step 1: not finite, first in {message}", text), text
     assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
@@ -514,7 +514,7 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
 def test_one_run_at_a_time(config, begun, davis, monkeypatch):
     config.mode, config.data.dataset = "train_and_eval", "synthetic"
     before = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
-    with loop._hold(begun):
+    with preparation.hold(begun):
         text = error_of(config, begun, monkeypatch)
     assert f"{begun}: in use by another run (process {os.getpid()} on" in text
     after = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
@@ -579,7 +579,7 @@ def no_objects(config, root):
 
 
 def changed_after_preparation(config, root):
-    loop.prepare(config, root.parent / "earlier")
+    preparation.prepare(config, root.parent / "earlier")
     path = root / "JPEGImages/480p/synthetic-0000/00001.jpg"
     Image.open(path).rotate(180).save(path)
 

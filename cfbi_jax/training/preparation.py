@@ -1,0 +1,191 @@
+"""Before a run: reads the configuration and all inputs, and checks them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from cfbi_jax import evaluate
+from cfbi_jax.compilation import use_compilation_cache
+from cfbi_jax.data.clips import ClipOptions
+from cfbi_jax.data.loader import Clips
+from cfbi_jax.data.sources import clip_source, contents
+from cfbi_jax.inference.video import check_writable
+from cfbi_jax.models.cfbi import build_model
+from cfbi_jax.training import checkpoints, schedule
+from cfbi_jax.training.step import StepOptions
+from cfbi_jax.weights.calibration import calibrated
+from cfbi_jax.weights.checkpoint import Checkpoint, stored_image_format
+from cfbi_jax.weights.initial import initial_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+CALIBRATION_CLIPS = 16
+
+
+class Refused(OSError):
+    """The run cannot begin in this folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Everything that was read and checked before the work begins."""
+
+    config: ConfigDict
+    plain: dict[str, Any]  # the configuration as JSON, and which videos it names
+    workdir: Path
+    clips: Clips
+    start: Checkpoint
+    options: StepOptions
+    mesh: Mesh
+    evaluation: evaluate.Evaluation | None  # of the first process, unless mode is "train"
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Training:
+    """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
+    _check_numbers(config)
+    check_writable(workdir)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    parts = mesh.size * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"config.batch_size is {config.batch_size}; expected a multiple of {parts} "
+            f"({mesh.size} devices x config.accumulate = {config.accumulate})"
+        )
+    options = StepOptions(
+        max_objects=config.clips.max_objects,
+        sequential_step=_share(config, "sequential_start"),
+        mining_step=_share(config, "mining_end"),
+        accumulate=config.accumulate,
+        remat=config.remat,
+        ema_decay=config.ema_decay,
+        freeze_backbone=config.freeze_backbone,
+    )
+    clip_options = ClipOptions(**config.clips)
+    model = build_model(config.model.to_dict())
+    plain = _plain(config)
+    begun = checkpoints.stored_config(workdir)
+    if begun:
+        _check_unchanged(begun["run"], plain, workdir)
+    with hold(workdir):  # before anything of a run that is at work there is touched
+        pass
+
+    use_compilation_cache(config.compilation_cache)
+    if not config.sources:
+        raise ValueError("config.sources is empty; expected a source of videos to train on")
+    sources = [
+        (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
+        for source in config.sources.values()
+    ]
+    plain["videos"] = [contents(source) for source, _ in sources]
+    if begun:
+        _check_unchanged(begun["run"], plain, workdir)
+    clips = Clips(sources, clip_options, config.seed)
+    clips.check_objects()
+    LOGGER.info(
+        "%d videos to train on, %d clips an epoch, %d epochs",
+        sum(len(source) for source, _ in sources),
+        clips.epoch_length,
+        -(-config.batch_size * config.num_train_steps // clips.epoch_length),
+    )
+    if begun:  # the weights come from the run's own checkpoint
+        start = initial_checkpoint(model, "", config.seed)
+        image_format = stored_image_format(begun["image_format"])
+        start = dataclasses.replace(start, image_format=image_format)
+    else:
+        start = initial_checkpoint(model, config.init_from, config.seed)
+        if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
+            start = calibrated(start, _pairs_of_frames(clips))
+    evaluation = None
+    if config.mode == "train_and_eval" and jax.process_index() == 0:
+        evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
+        _check_results(config, workdir, bool(begun))
+    return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
+
+
+def _pairs_of_frames(clips: Clips) -> UInt8[np.ndarray, "n 2 crop crop 3"]:
+    """Reference and previous frame of the first clips."""
+    return np.stack([clips[index].frames[:2] for index in range(CALIBRATION_CLIPS)])
+
+
+def _check_numbers(config: ConfigDict) -> None:
+    for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
+    for name in ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "workers"):
+        if config[name] < 0:
+            raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
+    if config.optimizer not in schedule.OPTIMIZERS:
+        raise ValueError(
+            f'config.optimizer is "{config.optimizer}"; expected one of {schedule.OPTIMIZERS}'
+        )
+    for name in ("sequential_start", "mining_end"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
+
+
+def _share(config: ConfigDict, name: str) -> int:
+    return round(config[name] * config.num_train_steps)
+
+
+def _quick(config: ConfigDict) -> ConfigDict:
+    """The evaluation on the way: its results are replaced by those of the next one."""
+    quick = config.copy_and_resolve_references()
+    quick.overwrite, quick.overlays = True, False
+    return quick
+
+
+def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError if the run in `workdir` was started with another configuration."""
+    # Which videos there are is known later than the rest of `plain`.
+    different = checkpoints.contradictions({name: begun.get(name) for name in plain}, plain)
+    if different:
+        listing = "\n  ".join(different)
+        raise ValueError(
+            f"{workdir}: the run there was started with another configuration:\n  {listing}\n"
+            "go on with the same values, or choose another --workdir"
+        )
+
+
+def _check_results(config: ConfigDict, workdir: Path, begun: bool) -> None:
+    """Raises ValueError where the final evaluation would meet results of something else."""
+    results = sorted((workdir / "segmented").glob("*.json"))
+    if results and not begun and not config.overwrite:
+        raise ValueError(
+            f"{results[0]}: results of another evaluation; choose another --workdir, or replace "
+            "them with --config.overwrite=True"
+        )
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder. Raises Refused where one is at work in it."""
+    if jax.process_index():
+        yield
+        return
+    with open(workdir / "train.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise Refused(f"{workdir}: in use by another run ({file.read().strip()})") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
