@@ -122,7 +122,7 @@ def source(**fields) -> ConfigDict:
     # Only these, or all but these, with commas: "bear,dog".
     config.sequences = ""
     config.exclude = ""
-    # How often every video comes in an epoch.
+    # How often every video comes in an epoch; 0: this source is not used.
     config.weight = 1
     # Take single pictures and their masks, and move them at random (pre-training).
     config.static = False

@@ -83,11 +83,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         pass
 
     use_compilation_cache(config.compilation_cache)
-    if not config.sources:
-        raise ValueError("config.sources is empty; expected a source of videos to train on")
+    used = [source for source in config.sources.values() if source.weight]
+    if not used:
+        raise ValueError(
+            "config.sources is empty, or all weights are 0; expected videos to train on"
+        )
     sources = [
         (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
-        for source in config.sources.values()
+        for source in used
     ]
     plain["videos"] = [contents(source) for source, _ in sources]
     if begun:

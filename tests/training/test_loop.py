@@ -26,6 +26,7 @@ from tiny_run import MODEL, get_config
 
 import cfbi_jax
 from cfbi_jax import main
+from cfbi_jax.config import source
 from cfbi_jax.data import synthetic
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -511,6 +512,12 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
 # ----------------------------------------------------------------------------- refused at the start
 
 
+def test_a_source_of_weight_zero_is_not_used(config, tmp_path):
+    config.sources.nowhere = source(root=str(tmp_path / "nowhere"), weight=0)
+    clips = preparation.prepare(config, tmp_path / "out").clips
+    assert len(clips.sources) == 1 and clips.epoch_length == 1000
+
+
 def test_one_run_at_a_time(config, begun, davis, monkeypatch):
     config.mode, config.data.dataset = "train_and_eval", "synthetic"
     before = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
@@ -547,6 +554,11 @@ def empty_root(config, root):
 
 def unknown_dataset(config, root):
     config.sources.davis.dataset = "kitti"
+
+
+def sources_of_weight_zero(config, root):
+    for one in config.sources.values():
+        one.weight = 0
 
 
 def no_sources(config, root):
@@ -615,7 +627,8 @@ def nothing_to_evaluate(config, root):
         (no_root, ["nowhere: no such folder"]),
         (empty_root, ["root of the davis source is empty"]),
         (unknown_dataset, ['dataset is "kitti"; expected one of']),
-        (no_sources, ["config.sources is empty; expected"]),
+        (no_sources, ["config.sources is empty, or all weights are 0; expected"]),
+        (sources_of_weight_zero, ["config.sources is empty, or all weights are 0; expected"]),
         (no_list, ["trainval.txt: no such list; there are: ", "train.txt"]),
         (no_mask, ["synthetic-0000", "00003.png"]),
         (no_frame, ["synthetic-0000", "00003"]),
