@@ -5,8 +5,20 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from small import small_network
+from tiny import batch_of, random_clips
 
 from cfbi_jax.compilation import compiler_options
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.programs import Programs
+from cfbi_jax.inference.state import state_shapes
+from cfbi_jax.memory import Chunks
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.training.schedule import optimizer
+from cfbi_jax.training.step import StepOptions, create_state, make_train_step
 
 TWICE = """
 import sys, os, jax, jax.numpy as jnp
@@ -44,3 +56,47 @@ def test_barriers_last_on_cpus():
         return compiled.as_text().count("opt-barrier(")
 
     assert barriers(None) == 0 and barriers(compiler_options()) == 4
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What depends on the kind of device is chosen as for GPUs."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def check_for_gpus(jitted, *arguments, **static):
+    """That it can be handed to a GPU's compiler: no operation is known to CPUs alone."""
+    lowered = jitted.trace(*arguments, **static).lower(lowering_platforms=("cuda",))
+    assert "custom_call" not in lowered.as_text()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_video_is_ready_for_gpus(on_a_gpu, dtype):
+    size = (40, 56)
+    options = Options(compute_dtype=dtype, matching_dtype=dtype)
+    programs = Programs(*small_network(), IMAGENET_FORMAT, options)
+    views = programs.views_of(size)
+    frame, label, count = (jnp.zeros(s, np.uint8) for s in ((*size, 3), size, ()))
+    features = check_for_gpus(programs.embed, programs.variables, frame, views=views)
+    rows, probabilities = check_for_gpus(
+        *(programs.predict, programs.variables, state_shapes(features, 1), features, label),
+        count.astype(np.int32),
+        views=views,
+        num_rows=3,
+        with_probabilities=True,
+        chunks=Chunks(),
+    )
+    assert rows.shape == size and probabilities.shape == (3, *size)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_training_step_is_ready_for_gpus(on_a_gpu, dtype):
+    model, variables = small_network()
+    tx = optimizer(lambda step: 0.1, 1e-4, 0.9, 5.0)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    options = StepOptions(2, sequential_step=1, mining_step=2, remat="all")
+    step = make_train_step(model.clone(compute_dtype=dtype), IMAGENET_FORMAT, tx, options, mesh)
+    batch = batch_of(random_clips([1, 2], num_frames=3, seed=0), 2)
+    state = jax.eval_shape(lambda: create_state(variables, tx, 0, True))
+    check_for_gpus(step, state, batch)
