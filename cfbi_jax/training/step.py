@@ -299,20 +299,22 @@ def clip_losses(
         images = prepare(frames, size, image_format)
         return model.apply(variables, images, keys, method=CFBI.embed)
 
-    def segment(variables, *arrays):
+    def segment(variables, packing, *arrays):
         num_rows = 1 + options.max_objects
-        return model.apply(variables, *arrays, num_rows, batch.packing, method=CFBI.segment)
+        return model.apply(variables, *arrays, num_rows, packing, method=CFBI.segment)
 
-    if options.remat == "all":
-        embed = jax.checkpoint(embed)
-    if options.remat != "none":
-        segment = jax.checkpoint(segment)
+    def kept(fn):
+        return lambda turn, *arguments: (turn, fn(*arguments))
+
+    embed = (_recomputed if options.remat == "all" else kept)(embed)
+    segment = (kept if options.remat == "none" else _recomputed)(segment)
+    turn = jnp.float32(0)
 
     # A clip's dropout depends on the step and the clip alone: not on how many devices there are.
     key = jax.random.fold_in(key, step)
     clip_keys = jax.vmap(partial(jax.random.fold_in, key))(batch.index)
     keys = jax.vmap(partial(jax.random.split, num=frames))(clip_keys).reshape(-1)
-    embedded = embed(variables, batch.frames.reshape(-1, *size, 3), keys)
+    turn, embedded = embed(turn, variables, batch.frames.reshape(-1, *size, 3), keys)
     embedding, low_level = (x.reshape(count, frames, *x.shape[1:]) for x in embedded)
     small = resize_labels(batch.labels, embedding.shape[2:4])
     ratio = mining_ratio(step, options.mining_step)
@@ -320,8 +322,10 @@ def clip_losses(
     losses, counts, predictions = 0.0, 0.0, []
     previous_label = small[:, PREVIOUS]
     for t in range(FIRST_CURRENT, frames):
-        logits = segment(
+        turn, logits = segment(
+            turn,
             variables,
+            batch.packing,
             embedding[:, REFERENCE, None],
             small[:, REFERENCE, None],
             jnp.ones(count, jnp.int32),
@@ -344,6 +348,33 @@ def clip_losses(
             sequential = step > options.sequential_step
             previous_label = jnp.where(sequential, predicted, previous_label)
     return losses / (frames - FIRST_CURRENT), counts, jnp.stack(predictions, axis=1)
+
+
+def _recomputed(fn: Callable) -> Callable:
+    """`(turn, *arguments) -> (turn, fn(*arguments))`, whose backward pass starts from the arguments
+    and keeps nothing else.
+
+    Calls that hand on `turn`, a float32 scalar of no meaning, go backwards one after the other.
+    In `jax.checkpoint` neither computing again waits for the gradient of the result, nor one call
+    for another: the compiler may have all that is computed again exist at once.
+    """
+
+    @jax.custom_vjp
+    def recomputed(turn, *arguments):
+        return turn, fn(*arguments)
+
+    def forward(turn, *arguments):
+        return recomputed(turn, *arguments), arguments
+
+    def backward(arguments, gradient):
+        arguments, (turn, gradient) = jax.lax.optimization_barrier((arguments, gradient))
+        # It is 0. What nothing is computed from would be removed.
+        gradient = jax.tree.map(lambda x: x + turn.astype(x.dtype), gradient)
+        gradients = jax.vjp(fn, *arguments)[1](gradient)
+        return jax.lax.optimization_barrier((turn, *gradients))
+
+    recomputed.defvjp(forward, backward)
+    return recomputed
 
 
 def _iou(prediction, truth, max_objects: int) -> Float[Array, "b 2"]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from small import random_variables, small_network
 from tiny import QUICK, SIZE, batch_of, random_clips, tiny_model, tiny_parts
 
+from cfbi_jax.compilation import compiler_options
 from cfbi_jax.models import cfbi
 from cfbi_jax.models.cfbi import CFBI, mask_padding
 from cfbi_jax.models.deeplab import DeepLab
@@ -29,6 +30,7 @@ from cfbi_jax.training.losses import bootstrapped_cross_entropy, mining_ratio
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import (
     StepOptions,
+    _recomputed,
     clip_losses,
     create_state,
     make_train_step,
@@ -456,6 +458,38 @@ def test_remat_computes_again(train_steps):
     ways = [dict(), dict(accumulate=2, remat="segment"), dict(remat="all")]
     none, segment, everything = (train_steps.products_of(**way) for way in ways)
     assert none < segment < everything
+
+
+def test_what_is_computed_again_exists_once():
+    """Three calls of which each keeps twelve arrays of 256 KiB, unless they are recomputed."""
+
+    def layers(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return x
+
+    def kept(turn, *arguments):
+        return turn, layers(*arguments)
+
+    def loss(fn, weights, inputs):
+        turn, total = jnp.float32(0), 0.0
+        for x in inputs:
+            turn, y = fn(turn, weights, x)
+            total += jnp.sum(jnp.square(y))
+        return total
+
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=(12, 64, 64)) / 8, jnp.float32)
+    inputs = jnp.asarray(rng.normal(size=(3, 1024, 64)), jnp.float32)
+    programs = [
+        jax.jit(jax.grad(partial(loss, fn)), compiler_options=compiler_options())
+        .lower(weights, inputs)
+        .compile()
+        for fn in (kept, _recomputed(layers))
+    ]
+    np.testing.assert_array_equal(*(program(weights, inputs) for program in programs))
+    plain, again = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert again < 0.5 * plain
 
 
 def test_plan_of_a_step(variables):
