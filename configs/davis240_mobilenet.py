@@ -30,9 +30,13 @@ def get_config():
         windows=(6, 1, 2, 3, 4, 5),
     )
     config.data.resolution = "240p"
-    config.sources.davis = source(
-        root=config.data.get_oneway_ref("root"), resolution=config.data.get_oneway_ref("resolution")
-    )
+    for name, static in (("davis", False), ("static", True)):
+        config.sources[name] = source(
+            root=config.data.get_oneway_ref("root"),
+            resolution=config.data.get_oneway_ref("resolution"),
+            static=static,
+            paste=0.5,
+        )
     config.clips.update(
         crop_size=161,
         short_edge=192,
@@ -41,7 +45,7 @@ def get_config():
         min_reference_pixels=80,
     )
     config.batch_size = 2
-    config.num_train_steps = 1600
+    config.num_train_steps = 2400
     config.optimizer = "adam"
     config.learning_rate = 0.001
     config.warmup_steps = 30

@@ -28,11 +28,12 @@ def get_config():
     config.clips.update(
         crop_size=81, short_edge=96, max_objects=2, min_object_pixels=20, min_reference_pixels=40
     )
-    config.calibrate = False  # the results above are without; what it does here is not measured
     config.batch_size = 4
     config.num_train_steps = 600
-    config.learning_rate = 0.02
+    config.optimizer = "adam"
+    config.learning_rate = 0.002
     config.warmup_steps = 50
+    config.ema_decay = 0.99
     config.workers = 0
     config.checkpoint_every_steps = 200
     config.eval_every_steps = 300

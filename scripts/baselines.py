@@ -6,8 +6,8 @@
 
 `first-mask` repeats the first mask. `nearest` gives every pixel of a frame's features the labels of
 its nearest neighbours among those of the first frame; no head of the network is used. The features
-are the pixel embedding of `--checkpoint`, that of the untrained network of `--config`, or those of
-block 13 of the MobileNetV2 in `--backbone`, of length one.
+are the pixel embedding of `--checkpoint`, that of the network that a training with `--config`
+starts from, or those of block 13 of the MobileNetV2 in `--backbone`, of length one.
 
 Writes OUT/Annotations/<sequence>/*.png and the CSV tables of the official DAVIS tool, and prints
 the scores. Bad input gives a message and exit status 1.
@@ -30,14 +30,16 @@ from ml_collections import ConfigDict
 from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis
+from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.image_files import ids_in, read_frame
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, read_given, split_names
 from cfbi_jax.inference.dataset import results_folder
 from cfbi_jax.inference.video import MaskWriter, prefetch
-from cfbi_jax.models.cfbi import CFBI, build_model, initial_variables
-from cfbi_jax.models.images import IMAGENET_FORMAT, network_size, prepare
+from cfbi_jax.models.cfbi import CFBI, build_model
+from cfbi_jax.models.images import network_size, prepare
 from cfbi_jax.models.layers import interpolation_matrix, resize
 from cfbi_jax.models.mobilenet_v2 import MobileNetV2
+from cfbi_jax.training import preparation
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
 from cfbi_jax.weights.initial import initial_checkpoint
 
@@ -167,9 +169,11 @@ def load_features(arguments: argparse.Namespace) -> Features:
     content = runpy.run_path(str(arguments.config))
     if "get_config" not in content:
         raise ValueError(f"{arguments.config}: no get_config(); expected a file like configs/*.py")
-    model = build_model(content["get_config"]().model.to_dict())
-    variables = initial_variables(model, arguments.seed)
-    return embedding_features(Checkpoint(model, variables, IMAGENET_FORMAT))
+    config = content["get_config"]()
+    config.seed = arguments.seed
+    model = build_model(config.model.to_dict())
+    clips = preparation.training_clips(config, ClipOptions(**config.clips))
+    return embedding_features(preparation.first_weights(config, model, clips))
 
 
 # --------------------------------------------------------------------------------- a data set

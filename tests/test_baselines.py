@@ -23,11 +23,13 @@ from cfbi_jax.weights.checkpoint import Checkpoint
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "baselines.py"
 CONFIG = f"""
-from cfbi_jax.config import default_config
+from cfbi_jax.config import default_config, source
 
 def get_config():
     config = default_config()
     config.model = {SMALL}
+    config.sources.drawn = source(dataset="synthetic")
+    config.clips.update(crop_size=33, short_edge=40, min_object_pixels=5)
     return config
 """
 
@@ -204,15 +206,19 @@ def test_nearest_with_a_checkpoint_and_one_sequence(baselines, davis, tmp_path):
 
 
 def test_untrained_networks(baselines, tmp_path):
+    """As a training would start from them."""
     (tmp_path / "small.py").write_text(CONFIG)
+    plain = CONFIG.replace("return config", "config.calibrate = False; return config")
+    (tmp_path / "plain.py").write_text(plain)
     frame = random_video(1)[0]
     common = ("--method", "nearest", "--root", "x", "--output", "y")
     found = []
-    for seed in (0, 1):
-        source = ("--config", tmp_path / "small.py", "--seed", seed)
+    for name, seed in (("small", 0), ("small", 1), ("plain", 1)):
+        source = ("--config", tmp_path / f"{name}.py", "--seed", seed)
         features = baselines.load_features(arguments_of(baselines, *common, *source))
         found.append(np.asarray(features(frame)))
-    assert found[0].shape == (9, 13, 16) and not np.allclose(*found)
+    assert found[0].shape == (9, 13, 16)
+    assert not np.allclose(found[0], found[1]) and not np.allclose(found[1], found[2])
 
     (tmp_path / "none.py").write_text("x = 1\n")
     parsed = arguments_of(baselines, *common, "--config", tmp_path / "none.py")

@@ -23,7 +23,7 @@ from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.inference.video import check_writable
-from cfbi_jax.models.cfbi import build_model
+from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, schedule
 from cfbi_jax.training.step import StepOptions
 from cfbi_jax.weights.calibration import calibrated
@@ -83,6 +83,33 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         pass
 
     use_compilation_cache(config.compilation_cache)
+    clips = training_clips(config, clip_options)
+    plain["videos"] = [contents(source) for source in clips.sources]
+    if begun:
+        _check_unchanged(begun["run"], plain, workdir)
+    clips.check_objects()
+    LOGGER.info(
+        "%d videos to train on, %d clips an epoch, %d epochs",
+        sum(len(source) for source in clips.sources),
+        clips.epoch_length,
+        -(-config.batch_size * config.num_train_steps // clips.epoch_length),
+    )
+    if begun:  # the weights come from the run's own checkpoint
+        start = initial_checkpoint(model, "", config.seed)
+        image_format = stored_image_format(begun["image_format"])
+        start = dataclasses.replace(start, image_format=image_format)
+    else:
+        start = first_weights(config, model, clips)
+    evaluation = None
+    if config.mode == "train_and_eval" and jax.process_index() == 0:
+        evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
+        _check_results(config, workdir, bool(begun))
+    return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
+
+
+def training_clips(config: ConfigDict, options: ClipOptions) -> Clips:
+    """The clips of `config.sources`. Raises ValueError where there are none, and the errors of
+    `clip_source`."""
     used = [source for source in config.sources.values() if source.weight]
     if not used:
         raise ValueError(
@@ -92,30 +119,15 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
         for source in used
     ]
-    plain["videos"] = [contents(source) for source, _ in sources]
-    if begun:
-        _check_unchanged(begun["run"], plain, workdir)
-    clips = Clips(sources, clip_options, config.seed)
-    clips.check_objects()
-    LOGGER.info(
-        "%d videos to train on, %d clips an epoch, %d epochs",
-        sum(len(source) for source, _ in sources),
-        clips.epoch_length,
-        -(-config.batch_size * config.num_train_steps // clips.epoch_length),
-    )
-    if begun:  # the weights come from the run's own checkpoint
-        start = initial_checkpoint(model, "", config.seed)
-        image_format = stored_image_format(begun["image_format"])
-        start = dataclasses.replace(start, image_format=image_format)
-    else:
-        start = initial_checkpoint(model, config.init_from, config.seed)
-        if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
-            start = calibrated(start, _pairs_of_frames(clips))
-    evaluation = None
-    if config.mode == "train_and_eval" and jax.process_index() == 0:
-        evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
-        _check_results(config, workdir, bool(begun))
-    return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
+    return Clips(sources, options, config.seed)
+
+
+def first_weights(config: ConfigDict, model: CFBI, clips: Clips) -> Checkpoint:
+    """What a training starts from: `config.init_from`, the rest random and calibrated."""
+    start = initial_checkpoint(model, config.init_from, config.seed)
+    if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
+        start = calibrated(start, _pairs_of_frames(clips))
+    return start
 
 
 def _pairs_of_frames(clips: Clips) -> UInt8[np.ndarray, "n 2 crop crop 3"]:
