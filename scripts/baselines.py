@@ -6,8 +6,9 @@
 
 `first-mask` repeats the first mask. `nearest` gives every pixel of a frame's features the labels of
 its nearest neighbours among those of the first frame; no head of the network is used. The features
-are the pixel embedding of `--checkpoint`, that of the network that a training with `--config`
-starts from, or those of block 13 of the MobileNetV2 in `--backbone`, of length one.
+are the pixel embedding of `--checkpoint`, that of the untrained network of `--config`
+(`--calibrated`: as a training starts), or those of block 13 of the MobileNetV2 in `--backbone`, of
+length one.
 
 Writes OUT/Annotations/<sequence>/*.png and the CSV tables of the official DAVIS tool, and prints
 the scores. Bad input gives a message and exit status 1.
@@ -170,7 +171,7 @@ def load_features(arguments: argparse.Namespace) -> Features:
     if "get_config" not in content:
         raise ValueError(f"{arguments.config}: no get_config(); expected a file like configs/*.py")
     config = content["get_config"]()
-    config.seed = arguments.seed
+    config.seed, config.calibrate = arguments.seed, arguments.calibrated
     model = build_model(config.model.to_dict())
     clips = preparation.training_clips(config, ClipOptions(**config.clips))
     return embedding_features(preparation.first_weights(config, model, clips))
@@ -195,6 +196,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--config", type=Path, help="nearest: an untrained network's embedding")
     source.add_argument("--backbone", type=Path, help="nearest: a MobileNetV2 (.npz or .pth)")
     parser.add_argument("--seed", type=int, default=0, help="of the untrained network")
+    parser.add_argument(
+        "--calibrated", action="store_true", help="--config: with scales from a few frames"
+    )
     parser.add_argument("--stride", type=int, default=8, choices=(8, 16), help="of the backbone")
     parser.add_argument("--neighbours", type=int, default=1)
     found = parser.parse_args(arguments)

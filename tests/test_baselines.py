@@ -206,15 +206,12 @@ def test_nearest_with_a_checkpoint_and_one_sequence(baselines, davis, tmp_path):
 
 
 def test_untrained_networks(baselines, tmp_path):
-    """As a training would start from them."""
     (tmp_path / "small.py").write_text(CONFIG)
-    plain = CONFIG.replace("return config", "config.calibrate = False; return config")
-    (tmp_path / "plain.py").write_text(plain)
     frame = random_video(1)[0]
     common = ("--method", "nearest", "--root", "x", "--output", "y")
     found = []
-    for name, seed in (("small", 0), ("small", 1), ("plain", 1)):
-        source = ("--config", tmp_path / f"{name}.py", "--seed", seed)
+    for more in ([0], [1], [1, "--calibrated"]):
+        source = ("--config", tmp_path / "small.py", "--seed", *more)
         features = baselines.load_features(arguments_of(baselines, *common, *source))
         found.append(np.asarray(features(frame)))
     assert found[0].shape == (9, 13, 16)
