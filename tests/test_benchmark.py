@@ -162,6 +162,11 @@ def test_infer(run):
     assert figures["machine"]["peak_memory"]["host_mib"] > 0
 
 
+def test_a_stage_is_not_its_convolutions_alone(benchmark):
+    rows = [{"section": s, "name": "backbone"} for s in ("stages", "convolutions alone")]
+    assert benchmark.infer.stage_row(rows, "backbone") is rows[0]
+
+
 def test_score(run):
     figures = run("score", "--size", "48x64", "--frames", "3", "--objects", "2")
     assert all(row["frames_x_objects_per_second"] > 0 for row in figures["rows"])

@@ -209,9 +209,14 @@ def torch_backbone_row(
         scale = float(np.abs(expected).max())
         np.testing.assert_allclose(found.cpu(), expected, rtol=0, atol=1e-3 * scale)
     times = time_runs(plain, arguments.runs)
-    (backbone_row,) = (row for row in rows if row["name"] == "backbone")
-    ratio = times.median / backbone_row["seconds"]["median"]
+    ratio = times.median / stage_row(rows, "backbone")["seconds"]["median"]
     return make_row("stages", "backbone in torch", times, times_ours=ratio)
+
+
+def stage_row(rows: list[Row], name: str) -> Row:
+    """The stage of that name; its convolutions alone have a row of the same name."""
+    (found,) = (row for row in rows if (row["section"], row["name"]) == ("stages", name))
+    return found
 
 
 # ---------------------------------------------------------------------------------- whole videos
