@@ -50,6 +50,22 @@ def random_video(num_frames: int, size=(40, 56), seed: int = 0) -> np.ndarray:
     return blocks.repeat(8, axis=1).repeat(8, axis=2)
 
 
+class GivenVideo:
+    """A training video of given frames and labels."""
+
+    def __init__(self, name: str, frames: np.ndarray, labels: np.ndarray):
+        self.name, self.frames, self.labels = name, frames, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def frame(self, t):
+        return self.frames[t]
+
+    def mask(self, t):
+        return self.labels[t]
+
+
 def mask_of(boxes: dict[int, tuple[int, int, int, int]], size=(40, 56)) -> np.ndarray:
     """uint8 [h, w] with each id in its box (top, left, bottom, right)."""
     mask = np.zeros(size, np.uint8)

@@ -59,6 +59,7 @@ class Programs:
             matching_dtype=jnp.dtype(options.matching_dtype).type,
         )
         self.variables = jax.device_put(variables)
+        self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self.num_compilations = 0
         self.embed = jax.jit(
             self._embed_views, static_argnames="views", compiler_options=compiler_options()
@@ -101,7 +102,7 @@ class Programs:
         frame_bytes = 6 * size[0] * size[1]
         plan = MemoryPlan(
             {
-                "weights": memory.tree_bytes(self.variables),
+                "weights": self._weights,
                 "references": memory.tree_bytes(state.views),
                 "features of two frames": 2 * memory.tree_bytes(features),
                 "two frames and their masks": 2 * frame_bytes,
@@ -136,7 +137,7 @@ class Programs:
         # An embedding of every reference and of three frames, and the maps of a frame's rows.
         per_pixel = (padded_references(num_references) + 3) * model.embedding_dim
         maps = 3 * num_rows * (3 + 2 * len(model.windows))
-        fixed = memory.tree_bytes(self.variables) + 4 * sum(pixels) * per_pixel
+        fixed = self._weights + 4 * sum(pixels) * per_pixel
         fixed += 4 * max(pixels) * maps
         budget = memory.default_budget()
         if options.memory_mib is not None:

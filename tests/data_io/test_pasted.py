@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from small import GivenVideo
 
 from cfbi_jax.data import pasted
 from cfbi_jax.data.clips import ClipOptions, sample_clip
@@ -7,23 +8,15 @@ from cfbi_jax.data.clips import ClipOptions, sample_clip
 GREY = 50
 
 
-class Drawn:
+class Drawn(GivenVideo):
     """A video of given labels; object i is of colour (100 + i, green, 0)."""
 
     def __init__(self, name, labels, green):
-        self.name, self.labels = name, np.asarray(labels, np.uint8)
-        ids = self.labels[..., None].astype(int)
+        labels = np.asarray(labels, np.uint8)
+        ids = labels[..., None].astype(int)
         colour = np.concatenate([100 + ids, np.full_like(ids, green), 0 * ids], axis=-1)
-        self.frames = np.where((ids == 0) | (ids == 255), GREY, colour).astype(np.uint8)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def frame(self, t):
-        return self.frames[t]
-
-    def mask(self, t):
-        return self.labels[t]
+        frames = np.where((ids == 0) | (ids == 255), GREY, colour).astype(np.uint8)
+        super().__init__(name, frames, labels)
 
 
 class Videos:

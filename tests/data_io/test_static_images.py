@@ -1,30 +1,21 @@
 import cv2
 import numpy as np
 import pytest
+from small import GivenVideo
 
 from cfbi_jax.data import clips, static_images
 
 COLOURS = np.array([[40, 40, 40], [220, 40, 40], [40, 220, 40]], np.uint8)
 
 
-class Still:
+class Still(GivenVideo):
     """Videos whose frames are given; the rng that comes with a request is kept."""
 
     def __init__(self, labels, frames=None):
-        self.name = "still"
-        self.labels = np.asarray(labels, np.uint8)
-        self.frames = COLOURS[np.where(self.labels == 255, 0, self.labels)]
-        self.frames = self.frames if frames is None else frames
+        labels = np.asarray(labels, np.uint8)
+        coloured = COLOURS[np.where(labels == 255, 0, labels)]
+        super().__init__("still", coloured if frames is None else frames, labels)
         self.rngs = []
-
-    def __len__(self):
-        return len(self.labels)
-
-    def frame(self, t):
-        return self.frames[t]
-
-    def mask(self, t):
-        return self.labels[t]
 
 
 class OneVideo:
