@@ -92,9 +92,8 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
 
 def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
     """The same evaluation of other weights, in place of the old results; compiles nothing anew."""
-    # As NumPy arrays: those of another sharding would have everything compiled again.
-    variables = jax.tree.map(np.asarray, variables)
-    evaluation.segmenter.programs.variables = jax.device_put(variables)
+    variables = jax.tree.map(np.asarray, variables)  # a training's are on all its devices
+    evaluation.segmenter.programs.use(variables)
     made_by = evaluation.made_by | {"weights": digest(variables)}
     return dataclasses.replace(evaluation, made_by=made_by, overwrite=True)
 

@@ -36,12 +36,19 @@ LESS_MEMORY = (
 )
 
 
+def to_device(arrays):
+    """A tree of arrays where the programs run. JAX compiles a program once for arrays that were put
+    somewhere on purpose, as its own results then are, and once more for others.
+    """
+    return jax.device_put(arrays, jax.local_devices()[0])
+
+
 class Programs:
     """A network as it segments videos.
 
     Attributes:
       model: with the types and atrous rates of `options`.
-      variables: of the network, on the device; others of the same shapes may take their place.
+      variables: of the network, on the device; `use` puts others in their place.
       embed: (variables, frame, views=) -> `Features`.
       predict: see `_predict_views`.
       num_compilations: programs made so far.
@@ -58,7 +65,7 @@ class Programs:
             compute_dtype=jnp.dtype(options.compute_dtype).type,
             matching_dtype=jnp.dtype(options.matching_dtype).type,
         )
-        self.variables = jax.device_put(variables)
+        self.use(variables)
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self.num_compilations = 0
         self.embed = jax.jit(
@@ -69,6 +76,10 @@ class Programs:
             static_argnames=("views", "num_rows", "with_probabilities", "chunks"),
             compiler_options=compiler_options(),
         )
+
+    def use(self, variables: Mapping) -> None:
+        """Other weights of the same shapes; no program is compiled again."""
+        self.variables = to_device(variables)
 
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.

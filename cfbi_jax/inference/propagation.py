@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cfbi_jax.inference.programs import LESS_MEMORY, Programs
+from cfbi_jax.inference.programs import LESS_MEMORY, Programs, to_device
 from cfbi_jax.inference.state import State, remember
 from cfbi_jax.inference.test_time import View
 
@@ -96,7 +96,7 @@ class Propagation:
 
         probabilities = None
         if self._state is None or known == 0:  # nothing to predict but background
-            rows = np.zeros(self._size, np.uint8) if given is None else given
+            rows = to_device(np.zeros(self._size, np.uint8) if given is None else given)
         else:
             num_rows = programs.num_rows(known)
             references = self._state.views[0].reference.shape[0]

@@ -60,16 +60,19 @@ def remember(
     as_reference: bool,
 ) -> State:
     """The state after a frame: it is the previous one, and one more reference if it came with a
-    mask. `rows`: of its pixels."""
+    mask, as a video's first does. `rows`: of its pixels."""
     new = []
     count = old.num_references if old else 0
+    size = padded_references(count + as_reference)
     for i, (view, (embedding, _)) in enumerate(zip(views, features, strict=True)):
         label = _small_label(rows, embedding.shape[1:3], view.mirrored)
-        reference = old.views[i].reference if old else embedding[:0]
-        reference_label = old.views[i].reference_label if old else label[:0]
-        if as_reference:
-            reference = _append(reference, embedding, count)
-            reference_label = _append(reference_label, label, count, NOBODY)
+        if old is None:
+            reference, reference_label = embedding, label
+        else:
+            reference, reference_label = old.views[i].reference, old.views[i].reference_label
+            if as_reference:
+                reference = _append(reference, embedding, count, size, 0)
+                reference_label = _append(reference_label, label, count, size, NOBODY)
         new.append(ViewState(reference, reference_label, embedding, label))
     return State(tuple(new), count + as_reference)
 
@@ -97,9 +100,8 @@ def _small_label(
     return resize_labels(test_time.mirror(rows, mirrored)[None], size)
 
 
-def _append(stack: Array, item: Array, count: int, fill: int = 0) -> Array:
-    """`item` [1, ...] at position `count` of `stack`, which grows to the next padded size."""
-    missing = padded_references(count + 1) - stack.shape[0]
-    if missing > 0:
-        stack = jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1), constant_values=fill)
-    return stack.at[count].set(item[0])
+@partial(jax.jit, static_argnums=(3, 4))
+def _append(stack: Array, item: Array, count: Int[Array, ""], size: int, fill: int) -> Array:
+    """`item` [1, ...] at position `count` of `stack`, which grows to `size`, filled with `fill`."""
+    grown = jnp.full((size, *stack.shape[1:]), fill, stack.dtype).at[: len(stack)].set(stack)
+    return grown.at[count].set(item[0])

@@ -182,6 +182,29 @@ def test_one_compilation_per_size_objects_and_references():
     assert segmenter.programs.num_compilations == 6
 
 
+def test_the_second_predicted_frame_compiles_nothing():
+    """Not even what the persistent cache would answer: the program of the first is used."""
+    model, variables = small_network()
+    loaded = jax.device_put(variables, jax.devices()[0])  # as a checkpoint's are
+    segmenter = cfbi_jax.VideoSegmenter(model, loaded, IMAGENET_FORMAT)
+    frames = random_video(4)
+    segmenter.start(frames[0], mask_of(BOXES))
+    segmenter.step(frames[1])
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "compile" in event:
+            compiled.append((event, seconds))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        segmenter.step(frames[2])
+        segmenter.step(frames[3])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
 def test_padded_sizes():
     assert [padded_rows(n) for n in (1, 2, 8, 9, 12, 13)] == [2, 3, 9, 13, 13, 17]
     assert [padded_references(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 3, 4, 8, 8, 12]
