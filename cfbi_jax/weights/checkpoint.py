@@ -42,7 +42,13 @@ def save_checkpoint(
         raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
     check_shapes(variables, model, path)
     config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
-    with _checkpointer() as checkpointer:
+    options = _options()
+    handlers = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(**options),
+        variables=ocp.StandardCheckpointHandler(**options),
+        config=ocp.JsonCheckpointHandler(**options),
+    )
+    with ocp.Checkpointer(handlers, **options) as checkpointer:
         items = ocp.args.Composite(
             variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
         )
@@ -50,7 +56,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint folder onto the default device.
+    """Reads a checkpoint folder onto the first device of this process.
 
     Raises FileNotFoundError where there is none, and ValueError for another kind of file or
     folder, or where the arrays are not those of the architecture that the checkpoint names.
@@ -126,18 +132,6 @@ def _damage_named(path: Path) -> Iterator[None]:
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: damaged checkpoint: {first_line}") from error
-
-
-def _checkpointer():
-    import orbax.checkpoint as ocp
-
-    options = _options()
-    handlers = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(**options),
-        variables=ocp.StandardCheckpointHandler(**options),
-        config=ocp.JsonCheckpointHandler(**options),
-    )
-    return ocp.Checkpointer(handlers, **options)
 
 
 @contextmanager
