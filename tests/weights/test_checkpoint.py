@@ -81,6 +81,29 @@ def test_another_architecture(tmp_path, network):
         cfbi_jax.load_checkpoint(tmp_path / "ckpt")
 
 
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (
+            {"background_bias": np.zeros(3, np.float32)},
+            r"wrong shape: .*bias is \(3,\), expected \(\)",
+        ),
+        ({"unknown": np.zeros(3, np.float32)}, r"extra: params/unknown \(3,\)"),
+        ({"background_bias": None}, r"missing: params/background_bias \(\)"),
+    ],
+)
+def test_other_arrays_in_the_file(tmp_path, network, monkeypatch, arrays, message):
+    model, variables = network
+    params = {k: v for k, v in (variables["params"] | arrays).items() if v is not None}
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("cfbi_jax.weights.checkpoint.check_shapes", lambda *_: None)
+        cfbi_jax.save_checkpoint(
+            tmp_path / "ckpt", model, variables | {"params": params}, OFFICIAL_FORMAT
+        )
+    with pytest.raises(ValueError, match=rf"ckpt: the arrays are not .*1 problems.*\s+{message}"):
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+
+
 def test_damaged_arrays(tmp_path, network):
     cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
     files = [p for p in (tmp_path / "ckpt" / "variables").rglob("*") if p.is_file()]
