@@ -22,6 +22,8 @@ from cfbi_jax.models.layers import (
     Conv,
     GatedChannelTransform,
     ResizedConv,
+    SplitConv,
+    channel_energy,
     group_norm,
     groups_of,
     residual,
@@ -40,7 +42,7 @@ def _norm(x, dtype, name, limit=32):
 
 
 class ResBlock(nn.Module):
-    """Bottleneck with group norm; GCT on the input of the residual branch only."""
+    """Bottleneck of `gate * x` with group norm; GCT on the input of the residual branch only."""
 
     features: int
     stride: int = 1
@@ -48,16 +50,21 @@ class ResBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow features"]:
+    def __call__(
+        self, x: Float[Array, "n h w c"], gate: Float[Array, "n 1 1 c"]
+    ) -> Float[Array, "n oh ow features"]:
         width, dtype = self.features // 4, self.dtype
-        y = GatedChannelTransform(name="gct")(x)
-        y = nn.relu(_norm(Conv(width, dtype=dtype, name="conv1")(y), dtype, "norm1"))
+        gct = GatedChannelTransform(name="gct")(channel_energy(x) * jnp.square(gate))
+        y = Conv(width, dtype=dtype, name="conv1")(x, gate * gct)
+        y = nn.relu(_norm(y, dtype, "norm1"))
         y = Conv(width, 3, self.stride, self.dilation, dtype=dtype, name="conv2")(y)
         y = nn.relu(_norm(y, dtype, "norm2"))
         y = _norm(Conv(self.features, dtype=dtype, name="conv3")(y), dtype, "norm3")
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = Conv(self.features, stride=self.stride, dtype=dtype, name="downsample_conv")(x)
-            x = _norm(x, dtype, "downsample_norm")
+            shortcut = Conv(self.features, stride=self.stride, dtype=dtype, name="downsample_conv")
+            x = _norm(shortcut(x, gate), dtype, "downsample_norm")
+        else:
+            x = x * gate.astype(dtype)
         return nn.relu(residual(x, y))
 
 
@@ -71,15 +78,15 @@ class GctConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w features"]:
-        x = GatedChannelTransform(name="gct")(x)
-        x = Conv(
+        gct = GatedChannelTransform(name="gct")(channel_energy(x))
+        conv = Conv(
             self.features,
             self.kernel_size,
             dilation=self.dilation,
             dtype=self.dtype,
             name="conv",
-        )(x)
-        return nn.relu(_norm(x, self.dtype, "norm"))
+        )
+        return nn.relu(_norm(conv(x, gct), self.dtype, "norm"))
 
 
 class EnsemblerAspp(nn.Module):
@@ -128,27 +135,29 @@ class CollaborativeEnsembler(nn.Module):
     ) -> Logits:
         dtype, half = self.dtype, self.features // 2
 
-        def gated(x, name):
-            return x if vector is None else x * Gate(x.shape[-1], dtype, name=name)(vector)
+        def gate(channels, name):
+            if vector is None:
+                return jnp.ones((x.shape[0], 1, 1, channels))
+            return Gate(channels, name=name)(vector)
 
         for i, (width, stride, dilation) in enumerate(BLOCKS, 1):
-            x = gated(x, f"gate{i}")
-            x = ResBlock(width * self.features, stride, dilation, dtype, name=f"layer{i}")(x)
+            block = ResBlock(width * self.features, stride, dilation, dtype, name=f"layer{i}")
+            x = block(x, gate(x.shape[-1], f"gate{i}"))
             if i == STAGE_1_BLOCKS:
-                skip = jnp.concatenate([low_level.astype(dtype), x], axis=-1)
-        x = gated(x, "gate9")
+                skip = low_level.astype(dtype), x
+        x = x * gate(x.shape[-1], "gate9").astype(dtype)
         x = EnsemblerAspp(self.features, dtype, name="aspp")(x)
 
-        skip = GatedChannelTransform(name="skip_gct")(skip)
-        skip = Conv(half // 2, dtype=dtype, name="skip_conv")(skip)
+        energy = jnp.concatenate([channel_energy(part) for part in skip], axis=-1)
+        gct = GatedChannelTransform(name="skip_gct")(energy)
+        skip = SplitConv(half // 2, dtype, name="skip_conv")(skip, gct)
         skip = nn.relu(_norm(skip, dtype, "skip_norm", limit=16))
-        if vector is not None:  # of the resized pyramid and the skip
-            deep = x.shape[-1]
-            gate = Gate(deep + skip.shape[-1], dtype, name="gate10")(vector)
-            x, skip = x * gate[..., :deep], skip * gate[..., deep:]
+        deep = x.shape[-1]
+        gate10 = gate(deep + skip.shape[-1], "gate10").astype(dtype)
+        x, skip = x * gate10[..., :deep], skip * gate10[..., deep:]
         x = ResizedConv(half, "bicubic", dtype, name="conv1")(x, skip)
         x = nn.relu(_norm(x, dtype, "norm1"))
-        x = gated(x, "gate11")
+        x = x * gate(half, "gate11").astype(dtype)
         x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv2")(x), dtype, "norm2"))
         return LogitPair(name="logits")(x, vector)
 

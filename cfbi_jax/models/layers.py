@@ -5,7 +5,7 @@ Images and features are channels-last, `[batch, height, width, channels]`. Param
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 
 import flax.linen as nn
@@ -28,12 +28,20 @@ def conv2d(
     dilation: int = 1,
     padding: int = 0,
     depthwise: bool = False,
+    scale: Float[Array, "b 1 1 c"] | None = None,
 ) -> Float[Array, "b oh ow o"]:
-    """2-D cross-correlation with PyTorch's geometry (`padding` pixels of zeros on every side).
+    """2-D cross-correlation of `scale * x` with PyTorch's geometry (`padding` pixels of zeros on
+    every side).
 
     Pointwise kernels become one matrix product and depthwise ones a sum of shifted products: XLA
     computes both several times faster than its own convolution on CPUs, with the same numbers.
+    `scale` goes into a pointwise kernel of every image's own: no scaled copy of x is made.
     """
+    if scale is not None:
+        if kernel.shape[:2] == (1, 1) and padding == 0 and not depthwise:
+            kernels = (scale[:, 0, 0, :, None] * kernel[0, 0]).astype(x.dtype)
+            return _pointwise_by_image(x[:, ::stride, ::stride], kernels)
+        x = x * scale.astype(x.dtype)
     if depthwise:
         return _depthwise(x, kernel, stride, dilation, (padding, padding))
     margins = [padding, padding]
@@ -142,6 +150,32 @@ def _pointwise_backward(residuals, gradient):
 _pointwise.defvjp(lambda x, kernel: (_pointwise(x, kernel), (x, kernel)), _pointwise_backward)
 
 
+@jax.custom_vjp
+def _pointwise_by_image(
+    x: Float[Array, "b h w i"], kernels: Float[Array, "b i o"]
+) -> Float[Array, "b h w o"]:
+    return jnp.einsum("bhwi,bio->bhwo", x, kernels)
+
+
+def _pointwise_by_image_backward(residuals, gradient):
+    x, kernels = residuals
+
+    def by_xla(x, gradient):
+        return jnp.einsum("bhwi,bhwo->bio", x, gradient)
+
+    def by_images(x, gradient):  # for the reasons that `_kernel_gradient` states
+        products = jax.lax.map(lambda image: jnp.einsum("hwi,hwo->oi", *image), (x, gradient))
+        return jnp.swapaxes(products, 1, 2)
+
+    kernel_gradients = jax.lax.platform_dependent(x, gradient, cpu=by_images, default=by_xla)
+    return jnp.einsum("bhwo,bio->bhwi", gradient, kernels), kernel_gradients
+
+
+_pointwise_by_image.defvjp(
+    lambda x, kernels: (_pointwise_by_image(x, kernels), (x, kernels)), _pointwise_by_image_backward
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _depthwise(x, kernel, stride, dilation, margins):
     windows = _windows(x, kernel.shape[:2], stride, dilation, margins)
@@ -233,7 +267,8 @@ def _windows(x, kernel_size, stride, dilation, margins) -> Iterator[Float[Array,
 
 
 class Conv(nn.Module):
-    """Convolution with PyTorch's geometry; `padding=None` keeps the size at stride 1."""
+    """Convolution of `scale * x` with PyTorch's geometry; `padding=None` keeps the size at stride
+    1."""
 
     features: int
     kernel_size: int = 1
@@ -245,7 +280,9 @@ class Conv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b oh ow features"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], scale: Float[Array, "b 1 1 c"] | None = None
+    ) -> Float[Array, "b oh ow features"]:
         size = self.kernel_size
         in_features = 1 if self.depthwise else x.shape[-1]
         kernel = self.param(
@@ -259,6 +296,7 @@ class Conv(nn.Module):
             dilation=self.dilation,
             padding=padding,
             depthwise=self.depthwise,
+            scale=scale,
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -283,6 +321,26 @@ class ResizedConv(nn.Module):
         x, skip = x.astype(self.dtype), skip.astype(self.dtype)
         y = resized_conv2d(x, kernel[:, :, :channels], skip.shape[1:3], self.method)
         return y + conv2d(skip, kernel[:, :, channels:], padding=1)
+
+
+class SplitConv(nn.Module):
+    """1x1 convolution of `parts` side by side, times `scale`, without joining them in memory."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, parts: Sequence[Float[Array, "n h w _"]], scale: Float[Array, "n 1 1 c"]
+    ) -> Float[Array, "n h w features"]:
+        shape = (1, 1, scale.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape).astype(self.dtype)
+        y, start = 0, 0
+        for x in parts:
+            mine = slice(start, start + x.shape[-1])
+            y += conv2d(x.astype(self.dtype), kernel[:, :, mine], scale=scale[..., mine])
+            start = mine.stop
+        return y
 
 
 class FrozenBatchNorm(nn.Module):
@@ -325,21 +383,27 @@ def groups_of(channels: int, limit: int = 32) -> int:
     return math.gcd(limit, channels)
 
 
+def channel_energy(x: Float[Array, "n h w c"]) -> Float[Array, "n 1 1 c"]:
+    """Sum of squares per channel, in float32: it leaves the range of float16."""
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(1, 2), keepdims=True)
+
+
 class GatedChannelTransform(nn.Module):
-    """GCT (Yang et al., CVPR 2020): a gate per channel from the channels' own L2 norms."""
+    """GCT (Yang et al., CVPR 2020): a gate per channel, from the `channel_energy` of all.
+
+    The gate is for `scale` of the next `Conv`, which multiplies by it for less than a product with
+    the features costs.
+    """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        shape = (x.shape[-1],)
+    def __call__(self, energy: Float[Array, "n 1 1 c"]) -> Float[Array, "n 1 1 c"]:
+        shape = (energy.shape[-1],)
         alpha = self.param("alpha", nn.initializers.ones_init(), shape)
         gamma = self.param("gamma", nn.initializers.zeros_init(), shape)
         beta = self.param("beta", nn.initializers.zeros_init(), shape)
-        # In float32 whatever the compute type: the sum of squares leaves float16's range.
-        energy = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(1, 2), keepdims=True)
         embedding = alpha * jnp.sqrt(energy + NORM_EPSILON)
         mean = jnp.mean(jnp.square(embedding), axis=-1, keepdims=True)
-        gate = 1 + jnp.tanh(gamma * embedding / jnp.sqrt(mean + NORM_EPSILON) + beta)
-        return x * gate.astype(x.dtype)
+        return 1 + jnp.tanh(gamma * embedding / jnp.sqrt(mean + NORM_EPSILON) + beta)
 
 
 def residual(x: Float[Array, "n h w c"], y: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:

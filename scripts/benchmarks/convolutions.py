@@ -60,14 +60,20 @@ def record(function: Callable, *arguments: Any) -> tuple[Counter[Convolution], A
     found: Counter[Convolution] = Counter()
     plain, resized = layers.conv2d, layers.resized_conv2d
 
-    def conv2d(x, kernel, *, stride=1, dilation=1, padding=0, depthwise=False):
+    def conv2d(x, kernel, *, stride=1, dilation=1, padding=0, depthwise=False, scale=None):
         found[
             Convolution(
                 x.shape, kernel.shape, stride, dilation, padding, depthwise, x.dtype.name
             )
         ] += 1  # fmt: skip
         return plain(
-            x, kernel, stride=stride, dilation=dilation, padding=padding, depthwise=depthwise
+            x,
+            kernel,
+            stride=stride,
+            dilation=dilation,
+            padding=padding,
+            depthwise=depthwise,
+            scale=scale,
         )
 
     def resized_conv2d(x, kernel, size, method):

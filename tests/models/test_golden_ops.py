@@ -153,14 +153,15 @@ def assert_channels(found, expected, step=4, atol=2e-5):
 def test_gct_gate_and_blocks(resnet_variables):
     x, head = to_nhwc(OPS["mod_x256"]), jnp.asarray(OPS["mod_head"])
     block = part(resnet_variables, "ensembler", "layer2")
-    gct = layers.GatedChannelTransform().apply(part(block, "gct"), x)
-    assert_channels(gct, OPS["gct_layer2.GCT1"])
+    gct = layers.GatedChannelTransform().apply(part(block, "gct"), layers.channel_energy(x))
+    assert_channels(x * gct, OPS["gct_layer2.GCT1"])
     gate = attention.Gate(256).apply(part(resnet_variables, "ensembler", "gate2"), head)
     assert_channels(x * gate, OPS["ia_IA2"])
-    found = ensembler.ResBlock(256, dilation=2).apply(block, x)
+    ones = jnp.ones((x.shape[0], 1, 1, 256))
+    found = ensembler.ResBlock(256, dilation=2).apply(block, x, ones)
     assert_channels(found, OPS["bottleneck_layer2"])
     block = part(resnet_variables, "ensembler", "layer3")
-    found = ensembler.ResBlock(512, stride=2).apply(block, x)
+    found = ensembler.ResBlock(512, stride=2).apply(block, x, ones)
     assert_channels(found, OPS["bottleneck_layer3_stride2"])
 
 

@@ -46,6 +46,39 @@ def test_depthwise_convolution(stride, dilation, padding):
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize(
+    "size, stride, depthwise", [(1, 1, False), (1, 2, False), (3, 1, False), (3, 2, True)]
+)
+def test_scaled_convolution(size, stride, depthwise):
+    """And its gradients: with every image's own factors, that of the scaled images."""
+    x, scale = random(3, 9, 10, 4), random(3, 1, 1, 4, seed=1)
+    kernel = random(size, size, 1 if depthwise else 4, 4, seed=2)
+
+    def by_xla(x, kernel, scale):
+        padding = ((size // 2, size // 2),) * 2
+        return jax.lax.conv_general_dilated(
+            x * scale,
+            kernel,
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=4 if depthwise else 1,
+        )
+
+    def by_package(x, kernel, scale):
+        return layers.conv2d(
+            x, kernel, stride=stride, padding=size // 2, depthwise=depthwise, scale=scale
+        )
+
+    expected, expected_transpose = jax.vjp(by_xla, x, kernel, scale)
+    found, transpose = jax.vjp(by_package, x, kernel, scale)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    gradient = random(*expected.shape, seed=3)
+    for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
 @pytest.mark.parametrize("size, stride, dilation", [(1, 1, 1), (1, 2, 1), (3, 1, 2), (3, 2, 1)])
 def test_convolution_is_correlation_with_zero_padding(size, stride, dilation):
     x, kernel = random(1, 9, 10, 3), random(size, size, 3, 4, seed=1)
@@ -147,10 +180,12 @@ def test_resize_is_never_in_reduced_precision():
 def test_gct_starts_as_the_identity_and_has_finite_gradients_at_zero():
     gct = layers.GatedChannelTransform()
     x = random(2, 4, 5, 3)
-    variables = gct.init(jax.random.key(0), x)
-    np.testing.assert_array_equal(gct.apply(variables, x), x)
+    variables = gct.init(jax.random.key(0), layers.channel_energy(x))
+    np.testing.assert_array_equal(gct.apply(variables, layers.channel_energy(x)), 1)
     zeros = jnp.zeros_like(x)
-    gradient = jax.grad(lambda v, x: gct.apply(v, x).sum(), (0, 1))(variables, zeros)
+    gradient = jax.grad(lambda v, x: gct.apply(v, layers.channel_energy(x)).sum(), (0, 1))(
+        variables, zeros
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
 
