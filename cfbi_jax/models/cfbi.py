@@ -22,7 +22,7 @@ from cfbi_jax.models import matching
 from cfbi_jax.models.attention import instance_vector
 from cfbi_jax.models.deeplab import DeepLab
 from cfbi_jax.models.ensembler import CollaborativeEnsembler, FeelvosHead
-from cfbi_jax.models.layers import Conv, group_norm, groups_of
+from cfbi_jax.models.layers import Conv, GroupNorm, groups_of
 
 # Half-resolution windows; largest first is the channel order that official weights expect.
 WINDOWS = (12, 2, 4, 6, 8, 10)
@@ -49,9 +49,9 @@ class PixelEmbedding(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
         dtype = self.dtype
         x = Conv(x.shape[-1], 3, depthwise=True, use_bias=True, dtype=dtype, name="depthwise")(x)
-        x = nn.relu(group_norm(groups_of(x.shape[-1]), dtype, "norm1")(x))
+        x = nn.relu(GroupNorm(groups_of(x.shape[-1]), dtype, name="norm1")(x))
         x = Conv(self.features, use_bias=True, dtype=dtype, name="pointwise")(x)
-        return nn.relu(group_norm(self.features // 4, dtype, "norm2")(x))
+        return nn.relu(GroupNorm(self.features // 4, dtype, name="norm2")(x))
 
 
 class MatchingFeature(nn.Module):
@@ -63,7 +63,7 @@ class MatchingFeature(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w features"]:
         x = Conv(self.features, use_bias=True, dtype=self.dtype, name="conv")(x)
-        return nn.relu(group_norm(self.features // 4, self.dtype, "norm")(x))
+        return nn.relu(GroupNorm(self.features // 4, self.dtype, name="norm")(x))
 
 
 class CFBI(nn.Module):

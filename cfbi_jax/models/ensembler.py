@@ -21,12 +21,12 @@ from cfbi_jax.models.deeplab import ASPP_DILATIONS
 from cfbi_jax.models.layers import (
     Conv,
     GatedChannelTransform,
+    GroupNorm,
     ResizedConv,
     SplitConv,
     channel_energy,
-    group_norm,
+    computed_once,
     groups_of,
-    residual,
 )
 
 # (output width in units of `features`, stride, dilation) of layer1 .. layer8
@@ -38,7 +38,7 @@ Logits = tuple[Float[Array, "n h w"], Float[Array, "n h w"]]
 
 
 def _norm(x, dtype, name, limit=32):
-    return group_norm(groups_of(x.shape[-1], limit), dtype, name)(x)
+    return GroupNorm(groups_of(x.shape[-1], limit), dtype, name=name)(x)
 
 
 class ResBlock(nn.Module):
@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
             x = _norm(shortcut(x, gate), dtype, "downsample_norm")
         else:
             x = x * gate.astype(dtype)
-        return nn.relu(residual(x, y))
+        return computed_once(nn.relu(x + y))
 
 
 class GctConvNorm(nn.Module):

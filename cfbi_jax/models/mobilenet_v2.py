@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cfbi_jax.models.layers import Conv, FrozenBatchNorm, residual
+from cfbi_jax.models.layers import Conv, FrozenBatchNorm, computed_once
 
 # (expansion, channels, number of blocks, stride of the first block)
 STAGES = (
@@ -56,7 +56,7 @@ class InvertedResidual(nn.Module):
         x = Conv(self.features, dtype=self.dtype, name="project_conv")(x)
         x = FrozenBatchNorm(dtype=self.dtype, name="project_bn")(x)
         if self.stride == 1 and shortcut.shape[-1] == self.features:
-            x = residual(shortcut, x)
+            x = computed_once(shortcut + x)
         return x
 
 

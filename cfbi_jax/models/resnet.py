@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from cfbi_jax.models.layers import Conv, FrozenBatchNorm, residual
+from cfbi_jax.models.layers import Conv, FrozenBatchNorm, computed_once
 
 MULTI_GRID = (1, 2, 4)
 
@@ -30,7 +30,7 @@ class Bottleneck(nn.Module):
         if self.stride != 1 or x.shape[-1] != out:
             x = Conv(out, stride=self.stride, dtype=self.dtype, name="downsample_conv")(x)
             x = FrozenBatchNorm(dtype=self.dtype, name="downsample_bn")(x)
-        return nn.relu(residual(x, y))
+        return computed_once(nn.relu(x + y))
 
 
 class ResNet(nn.Module):

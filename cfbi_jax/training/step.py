@@ -255,7 +255,9 @@ def _device_gradients(model, image_format, options, params, frozen, step, key, b
             losses, counts, prediction = loss_of(params, frozen, step, key, part)
             return jnp.mean(losses), (losses, counts, prediction)
 
-        gradient, (losses, counts, prediction) = jax.grad(mean_loss, has_aux=True)(params)
+        # The network asks for exact products itself, but of those before its backward rules only.
+        with jax.default_matmul_precision("highest"):
+            gradient, (losses, counts, prediction) = jax.grad(mean_loss, has_aux=True)(params)
         return jax.tree.map(jnp.add, total, gradient), (losses, counts, prediction)
 
     if parts == 1:

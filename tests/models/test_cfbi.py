@@ -178,6 +178,32 @@ def test_every_switch_runs_and_ignores_padding(switch):
     assert_same(found[:, :3], expected)
 
 
+def test_without_attention_gates_are_one_and_logits_their_own():
+    """That is attention whose gates and logits see no instance."""
+    model = CFBI(**SMALL, instance_attention=False)
+    variables = random_variables(model, seed=1)
+    attentive = jax.tree.map(jnp.zeros_like, small_network()[1])
+
+    def fill(tree, own, path=()):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                value = fill(value, own.get(key, {}), (*path, key))
+            elif path[-3:-1] in (("logits", "foreground"), ("logits", "background")):
+                if key == "bias":  # the 1x1 kernel and the bias of the logit
+                    value = jnp.concatenate([own["kernel"][:, 0], own["bias"]])
+            elif key in own:
+                value = own[key]
+            tree[key] = value
+        return tree
+
+    for collection in attentive:
+        fill(attentive[collection], variables[collection])
+    inputs = random_inputs(1, 1, 2)
+    expected = segment(CFBI(**SMALL), attentive, inputs, 3)
+    assert float(np.abs(expected).max()) > 0.1
+    assert_same(segment(model, variables, inputs, 3), expected)
+
+
 def test_model_config_round_trip_and_errors():
     model = CFBI(backbone="mobilenet_v2", windows=(4, 2), compute_dtype=jnp.bfloat16)
     assert build_model(model_config(model)) == model
