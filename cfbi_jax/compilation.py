@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 DEFAULT = "default"
 
@@ -14,6 +15,7 @@ def use_compilation_cache(path: str | None = DEFAULT) -> Path | None:
     "default" is the folder that JAX was already given (`JAX_COMPILATION_CACHE_DIR`, say), else
     `$XDG_CACHE_HOME/cfbi_jax` (`~/.cache/cfbi_jax`).
     """
+    compilation_cache.reset_cache()  # else JAX stays with the folder that it first compiled for
     if not path:
         jax.config.update("jax_enable_compilation_cache", False)
         return None

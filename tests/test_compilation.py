@@ -1,5 +1,7 @@
 """Where compiled programs are kept, and the options that programs of the network take."""
 
+import json
+import re
 import subprocess
 import sys
 
@@ -65,9 +67,14 @@ def on_a_gpu(monkeypatch):
 
 
 def check_for_gpus(jitted, *arguments, **static):
-    """That it can be handed to a GPU's compiler: no operation is known to CPUs alone."""
+    """That it can be handed to a GPU's compiler: no operation is known to CPUs alone, and no
+    product is in TF32, which is what none but the highest precision means there."""
     lowered = jitted.trace(*arguments, **static).lower(lowering_platforms=("cuda",))
-    assert "custom_call" not in lowered.as_text()
+    text = lowered.as_text()
+    assert "custom_call" not in text
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
+    assert len(products) > 10
+    assert not [line for line in products if "HIGHEST" not in line]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
 
 
@@ -100,3 +107,25 @@ def test_a_training_step_is_ready_for_gpus(on_a_gpu, dtype):
     batch = batch_of(random_clips([1, 2], num_frames=3, seed=0), 2)
     state = jax.eval_shape(lambda: create_state(variables, tx, 0, True))
     check_for_gpus(step, state, batch)
+
+
+FOLDERS = """
+import sys, os, jax, jax.numpy as jnp
+from cfbi_jax.compilation import use_compilation_cache
+for n, folder in enumerate(sys.argv[1:], 3):
+    use_compilation_cache(folder or None)
+    jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((n, n))).block_until_ready()
+    folders = [name for name in sys.argv[1:] if name]
+    print([len(os.listdir(name)) if os.path.exists(name) else 0 for name in folders], flush=True)
+"""
+
+
+def test_the_cache_moves_and_turns_off(tmp_path, monkeypatch):
+    """Within a process; nothing goes to a folder that is no longer used."""
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    folders = ["", str(tmp_path / "a"), "", str(tmp_path / "b")]
+    command = [sys.executable, "-c", FOLDERS, *folders]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    off, first, off_again, second = (json.loads(line) for line in lines[:4])
+    assert off == [0, 0] and first[0] > 0 and off_again == first
+    assert second[0] == first[0] and second[1] > 0
