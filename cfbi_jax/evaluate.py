@@ -22,7 +22,7 @@ from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
 from cfbi_jax.evaluation.submission import write_zip
 from cfbi_jax.inference import dataset
-from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.options import BOUNDS, Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import build_model, initial_variables, model_config
@@ -34,8 +34,6 @@ LOGGER = logging.getLogger(__name__)
 SYNTHETIC_SEEDS = tuple(range(8))
 DATASETS = ("davis", "youtube_vos", "synthetic")
 MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
-# Options that no result depends on, but for rounding.
-BOUNDS = ("max_references", "max_objects", "memory_mib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +131,8 @@ def run(
         LOGGER.info("other processes still work on %s; the last one scores", ", ".join(left))
         return None
 
+    # Another process, with other weights or options, may have done some since the first look.
+    dataset.check_made_by(videos, workdir, evaluation.made_by)
     results = dataset.results_folder(workdir)
     names = [video.name for video in videos]
     layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"

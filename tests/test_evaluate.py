@@ -242,6 +242,68 @@ def test_processes_share_the_videos(config, tmp_path):
     assert (out / "submission.zip").exists()
 
 
+def test_two_runs_do_not_mix_in_one_folder(config, tmp_path):
+    """Both began in an empty folder, and each did a video."""
+    out = tmp_path / "out"
+    first = evaluate.prepare(config, out)
+    config.inference.global_atrous_rate = 2
+    second = evaluate.prepare(config, out)
+    with dataset._hold(out / "segmented" / "synthetic-0000.lock"):
+        evaluate.run(second)
+    message = r"synthetic-0001\.json: .*made by something else"
+    with (
+        dataset._hold(out / "segmented" / "synthetic-0001.lock"),
+        pytest.raises(ValueError, match=message),
+    ):
+        evaluate.run(first)
+    assert not (out / "submission.zip").exists()
+
+
+def test_an_interrupted_replacement_is_unfinished(config, tmp_path, monkeypatch):
+    """Half of its masks are of the old weights."""
+    out = tmp_path / "out"
+    run(config, out)
+    config.overwrite = True
+    evaluation = evaluate.prepare(config, out)
+
+    def segment(frames, masks, times):
+        for frame in frames:
+            yield np.zeros(frame.shape[:2], np.uint8)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.segmenter, "segment", segment)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(evaluation)
+    assert dataset.unfinished(evaluation.videos, out) == ["synthetic-0000"]
+
+
+def test_overlays_of_finished_videos(config, davis, tmp_path):
+    out = tmp_path / "out"
+    run(config, out)
+    before = times_of(out / "Annotations")
+    config.overlays = True
+    run(config, out)
+    assert times_of(out / "Annotations") == before
+    strip = np.array(Image.open(out / "overlays" / "synthetic-0001.png"))
+    assert strip.shape == (40, 4 * 56, 3)
+    frame = np.array(Image.open(davis / "JPEGImages/480p/synthetic-0001/00003.jpg"))
+    background = np.array(Image.open(out / "Annotations/synthetic-0001/00003.png")) == 0
+    difference = np.abs(strip[:, -56:][background].astype(int) - frame[background])
+    assert np.median(difference) < 5
+
+
+def test_the_palette_of_the_first_mask_comes_back(config, davis, tmp_path):
+    path = davis / "Annotations/480p/synthetic-0000/00000.png"
+    image = Image.open(path)
+    palette = np.arange(768, dtype=np.uint8)[::-1].tolist()
+    image.putpalette(palette)
+    image.save(path)
+    run(config, tmp_path / "out")
+    for name, expected in (("synthetic-0000", palette[:9]), ("synthetic-0001", [0] * 3 + [128])):
+        written = Image.open(tmp_path / "out" / "Annotations" / name / "00002.png")
+        assert written.getpalette()[: len(expected)] == expected
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 

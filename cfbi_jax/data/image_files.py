@@ -116,16 +116,20 @@ def mask_size(path: Path | str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_mask(path: Path | str) -> UInt8[np.ndarray, "height width"]:
+def read_mask(path: Path | str, refuse_shades: bool = True) -> UInt8[np.ndarray, "height width"]:
     """Reads the object ids of an indexed or grey PNG (1-bit: white is id 1).
+
+    `refuse_shades=False` is for predictions and truth: scarcely visible objects are no error there.
 
     Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
     instead of ids, has ids above 255, or has the in-between values of an anti-aliased drawing.
     """
-    return decode_mask(Path(path).read_bytes(), str(path))
+    return decode_mask(Path(path).read_bytes(), str(path), refuse_shades)
 
 
-def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "height width"]:
+def decode_mask(
+    data: bytes, name: str, refuse_shades: bool = True
+) -> UInt8[np.ndarray, "height width"]:
     """Decodes a PNG file's bytes as `read_mask` does; `name` says whose in errors.
 
     Errors: ValueError as in `read_mask`.
@@ -133,14 +137,17 @@ def decode_mask(data: bytes, name: str) -> UInt8[np.ndarray, "height width"]:
     file = io.BytesIO(data)
     _check_complete(file, name)
     _check_holds_ids(_open_image(file, name), name)
-    return check_label(np.array(_decode(file, name)), name)
+    return check_label(np.array(_decode(file, name)), name, refuse_shades)
 
 
-def check_label(array: np.ndarray, name: str) -> UInt8[np.ndarray, "height width"]:
+def check_label(
+    array: np.ndarray, name: str, refuse_shades: bool = True
+) -> UInt8[np.ndarray, "height width"]:
     """The given object ids as a label map, if they can be one; `name` says whose in errors.
 
     `array` is [height, width], of integers 0..255 or bool. Errors: ValueError for another shape or
-    type, for ids outside 0..255 and for an anti-aliased drawing (many ids, mostly in edges only).
+    type, for ids outside 0..255 and, with `refuse_shades`, for an anti-aliased drawing (many ids,
+    mostly in edges only).
     """
     array = np.asarray(array)
     if array.ndim != 2 or array.size == 0:
@@ -152,7 +159,8 @@ def check_label(array: np.ndarray, name: str) -> UInt8[np.ndarray, "height width
         if low < 0 or high > 255:
             raise ValueError(f"{name}: ids from {low} to {high}; expected object ids 0 to 255")
     label = np.ascontiguousarray(array, np.uint8)
-    _check_not_anti_aliased(label, name)
+    if refuse_shades:
+        _check_not_anti_aliased(label, name)
     return label
 
 

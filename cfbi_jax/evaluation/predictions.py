@@ -116,7 +116,9 @@ def _check_header(pair: FramePair) -> None:
 def _score_pair(
     pair: FramePair,
 ) -> FrameScores:
-    prediction, truth = read_mask(pair.prediction), read_mask(pair.truth)
+    prediction, truth = (
+        read_mask(path, refuse_shades=False) for path in (pair.prediction, pair.truth)
+    )
     if pair.binary:
         prediction, truth = (prediction > 0).view(np.uint8), (truth > 0).view(np.uint8)
     wrong = set(ids_in(prediction).tolist()) - pair.allowed_ids - {0}

@@ -23,7 +23,14 @@ import numpy as np
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from cfbi_jax.data.image_files import VOC_PALETTE, read_frame, read_palette, write_file, write_image
+from cfbi_jax.data.image_files import (
+    VOC_PALETTE,
+    read_frame,
+    read_mask,
+    read_palette,
+    write_file,
+    write_image,
+)
 from cfbi_jax.data.videos import EvaluationVideo, read_given
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.inference.video import MaskWriter, overlay
@@ -83,11 +90,15 @@ def segment_videos(
                     if held:  # perhaps by another process, and since the check above
                         check_made_by([video], output, made_by)
                         reason = "finished before"
+                        if overlays and not _overlay_path(output, video).exists():
+                            _write_overlay(output, video)
                     LOGGER.info("%s: %s", video.name, reason)
                     meter.skip(video)
                     continue
                 record.unlink(missing_ok=True)
-                result = _segment_video(segmenter, video, output, overlays, meter)
+                result = _segment_video(segmenter, video, output, meter)
+                if overlays:
+                    _write_overlay(output, video)
                 content = {**dataclasses.asdict(result), "made_by": _made_by(made_by, video)}
                 write_file(record, json.dumps(content, indent=1).encode())
             done.append(result)
@@ -145,7 +156,6 @@ def _segment_video(
     segmenter: VideoSegmenter,
     video: EvaluationVideo,
     output: Path,
-    overlays: bool,
     meter: "_Meter",
 ) -> Segmented:
     start = time.perf_counter()
@@ -155,30 +165,35 @@ def _segment_video(
         palette = VOC_PALETTE
     folder = results_folder(output) / video.name
     folder.mkdir(parents=True, exist_ok=True)
-    save, pictures, times = set(video.save), [], []
+    save, times = set(video.save), []
     names = {f"{video.frames[index].stem}.png" for index in save}
     for path in folder.glob("*.png"):  # of an earlier run with other frames
         if path.name not in names:
             path.unlink()
-    pictured = _spread(len(video.frames), OVERLAY_FRAMES) if overlays else set()
     frames = (read_frame(path) for path in video.frames)
     with MaskWriter() as writer:
         for index, label in enumerate(segmenter.segment(frames, masks, times=times)):
             path = video.frames[index]
             if index in save:
                 writer.write(folder / f"{path.stem}.png", label, palette)
-            if index in pictured:
-                pictures.append(overlay(read_frame(path), label))
             meter.frame(video)
-    if pictures:
-        write_image(output / "overlays" / f"{video.name}.png", np.concatenate(pictures, axis=1))
     seconds = time.perf_counter() - start
     return Segmented(video.name, len(video.frames), seconds, sum(times))
 
 
-def _spread(count: int, wanted: int) -> set[int]:
-    """`wanted` indices from the first to the last of `count`."""
-    return set(np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist())
+def _overlay_path(output: Path, video: EvaluationVideo) -> Path:
+    return output / "overlays" / f"{video.name}.png"
+
+
+def _write_overlay(output: Path, video: EvaluationVideo) -> None:
+    """A strip of a finished video's frames with their masks, from the first to the last."""
+    count = len(video.save)
+    chosen = np.linspace(0, count - 1, min(count, OVERLAY_FRAMES)).round().astype(int)
+    pictures = []
+    for path in (video.frames[video.save[i]] for i in chosen):
+        mask = results_folder(output) / video.name / f"{path.stem}.png"
+        pictures.append(overlay(read_frame(path), read_mask(mask, refuse_shades=False)))
+    write_image(_overlay_path(output, video), np.concatenate(pictures, axis=1))
 
 
 class _Meter:

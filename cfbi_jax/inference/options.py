@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Options that no result depends on, but for rounding.
+BOUNDS = ("max_references", "max_objects", "memory_mib")
 
 
 @dataclasses.dataclass(frozen=True)

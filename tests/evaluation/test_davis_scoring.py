@@ -199,3 +199,22 @@ def test_unusable_truth_is_an_error(tmp_path, write_davis, write_results):
         score_davis(root, results)
     with pytest.raises(FileNotFoundError, match=r"other\.txt"):
         score_davis(root, results, split="other")
+
+
+def test_scarcely_visible_objects_are_scored(tmp_path, write_davis, write_results):
+    """What would be an anti-aliased drawing as a given mask is a prediction like any other."""
+    truth = np.zeros((4, 60, 100), np.uint8)
+    for i in range(20):
+        truth[:, 10 * (i // 10) : 10 * (i // 10) + 9, 10 * (i % 10) : 10 * (i % 10) + 9] = 1 + i
+    prediction = truth.copy()
+    for i in range(13):
+        prediction[prediction == 1 + i] = 0
+        prediction[:, 10 * (i // 10) : 10 * (i // 10) + 9, 10 * (i % 10) : 10 * (i % 10) + 2] = (
+            1 + i
+        )
+    root = tmp_path / "DAVIS"
+    write_davis(root, {"crowd": truth})
+    results = write_results(tmp_path / "results", {"crowd": prediction})
+    scores = score_davis(root, results, 2017, "val", "480p")
+    regions = [one.region.mean() for one in scores.objects]
+    np.testing.assert_allclose(regions, [2 / 9] * 13 + [1] * 7)
