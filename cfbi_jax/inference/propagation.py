@@ -92,7 +92,8 @@ class Propagation:
         known = len(self._ids)
         given = None if mask is None else self._to_rows(mask)
         with _out_of_memory_explained():
-            features = programs.embed(programs.variables, frame, views=self._views)
+            # A copy, as JAX reads the array later, when a camera may have written over it.
+            features = programs.embed(programs.variables, np.array(frame), views=self._views)
 
         probabilities = None
         if self._state is None or known == 0:  # nothing to predict but background

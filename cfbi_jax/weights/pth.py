@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,11 +55,9 @@ def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     torch = _torch()
     path = Path(path)
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         torch.save({"state_dict": tensors}, temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)

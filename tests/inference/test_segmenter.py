@@ -356,3 +356,21 @@ def test_bad_streams():
     label = segmenter.step(frames[2])  # what was refused leaves the video as it was
     assert label.shape == (40, 56)
     assert label.any()
+
+
+def test_frames_may_be_written_over(monkeypatch):
+    """As a camera's buffer is: JAX may read the array that it was given later."""
+    segmenter = small_segmenter()
+    embed, seen = segmenter.programs.embed, []
+
+    def embed_and_look(variables, frame, views):
+        seen.append(frame)
+        return embed(variables, frame, views=views)
+
+    monkeypatch.setattr(segmenter.programs, "embed", embed_and_look)
+    frames = random_video(2)
+    segmenter.start(frames[0], mask_of({1: (4, 4, 20, 20)}))
+    segmenter.step(frames[1])
+    for frame, given in zip(frames, seen, strict=True):
+        np.testing.assert_array_equal(given, frame)
+        assert not np.shares_memory(given, frame)

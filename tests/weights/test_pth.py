@@ -135,3 +135,10 @@ def test_read_and_convert(tmp_path, tensors):
     expected = recipe.recipe_state_dict("mbv2_cfbi")["bg_bias"].item()
     assert model.backbone == "mobilenet_v2"
     assert variables["params"]["background_bias"] == np.float32(expected)
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path, tensors):
+    write_pth(tmp_path / "a.pth", {key: value.numpy() for key, value in tensors.items()})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.pth").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "plain"]
