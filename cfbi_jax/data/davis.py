@@ -42,17 +42,19 @@ def training_files(
     split: str = "train",
     resolution: str = "480p",
     sequences: Sequence[str] | None = None,
+    least: int = 2,
 ) -> list[TrainingFiles]:
-    """The frames and masks of the sequences of a list; those of fewer than two frames are skipped.
+    """The frames and masks of the sequences of a list.
 
-    Args: those of `evaluation_videos`.
+    Args: those of `evaluation_videos`, and `least`: those of fewer frames are skipped.
 
     Errors: FileNotFoundError for a missing folder, list or frame, and for any frame without its
     mask; ValueError as for `evaluation_videos`.
     """
     root = Path(root)
     names = _selected(root, year, split, sequences)
-    return skip_short(_training_files(root, year, resolution, name) for name in names)
+    files = (_training_files(root, year, resolution, name) for name in names)
+    return skip_short(files, least)
 
 
 def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
@@ -68,7 +70,7 @@ def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
     if not path.is_file():
         lists = sorted(str(p.relative_to(root)) for p in root.glob("ImageSets/*/*.txt"))
         raise FileNotFoundError(f"{path}: no such list; there are: {', '.join(lists) or 'none'}")
-    names = path.read_text().split()
+    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: an empty list; expected a sequence name per line")
     if len(set(names)) < len(names):

@@ -40,16 +40,18 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
             )
         names = split_names(source["sequences"]) or None
         split, year = source["split"], source["year"]
+        least = 1 if source["static"] else 2  # frames that a clip needs
         if dataset == "davis":
             about = f"davis_{year}_{split}_{source['resolution']}"
             names = _without(source, names or davis.sequence_names(root, year, split))
-            files = davis.training_files(root, year, split, source["resolution"], names)
+            files = davis.training_files(root, year, split, source["resolution"], names, least)
         else:
             about = f"youtube_vos_{split}"
             names = _without(source, names or list(youtube_vos.read_meta(root, split)))
-            files = youtube_vos.training_files(root, split, names)
+            files = youtube_vos.training_files(root, split, names, least)
         # Another folder or another choice of videos has records of its own.
-        place = hashlib.blake2b(f"{Path(root).resolve()} {names}".encode(), digest_size=4)
+        kept = [video.name for video in files]
+        place = hashlib.blake2b(f"{Path(root).resolve()} {kept}".encode(), digest_size=4)
         videos = RecordVideos(
             prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
         )

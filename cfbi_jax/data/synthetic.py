@@ -5,6 +5,7 @@ a moving background, while the light changes. Blobs and background are drawn pat
 photographs. Some blobs look like an object but are none (distractors, label 0).
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Sequence
@@ -171,8 +172,9 @@ def write_davis(
 ) -> list[str]:
     """Writes a synthetic video per seed as a DAVIS folder and returns the sequences' names.
 
-    Sequences of these names that are there already are replaced, and so is the list of the split,
-    last. `resolution` only names the folder. In the 2016 list objects count as one, as always.
+    Sequences of these names that are there already are replaced unless they are the same (another
+    process may be reading them), and so is the list of the split, last. `resolution` only names
+    the folder. In the 2016 list objects count as one, as always.
 
     Errors: FileExistsError if the list names other than synthetic sequences; those of
     `synthetic_video`.
@@ -183,20 +185,21 @@ def write_davis(
         others = [n for n in list_file.read_text().split() if not n.startswith(NAME_PREFIX)]
         if others:
             raise FileExistsError(f"{list_file}: lists {others[0]}, which is not synthetic")
-    names = []
-    for seed in seeds:
-        name = f"{NAME_PREFIX}{seed:04d}"
-        frames, labels = synthetic_video(seed, num_frames, size, num_objects)
-        _replace_folder(
-            root / "JPEGImages" / resolution / name,
-            {f"{time:05d}.jpg": frame for time, frame in enumerate(frames)},
-        )
-        _replace_folder(
-            root / "Annotations" / resolution / name,
-            {f"{time:05d}.png": label for time, label in enumerate(labels)},
-        )
-        names.append(name)
-    write_file(list_file, "".join(f"{name}\n" for name in names).encode())
+    names = [f"{NAME_PREFIX}{seed:04d}" for seed in seeds]
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time
+        for name, seed in zip(names, seeds, strict=True):
+            frames, labels = synthetic_video(seed, num_frames, size, num_objects)
+            _replace_folder(
+                root / "JPEGImages" / resolution / name,
+                {f"{time:05d}.jpg": frame for time, frame in enumerate(frames)},
+            )
+            _replace_folder(
+                root / "Annotations" / resolution / name,
+                {f"{time:05d}.png": label for time, label in enumerate(labels)},
+            )
+        write_file(list_file, "".join(f"{name}\n" for name in names).encode())
     return names
 
 
@@ -208,8 +211,18 @@ def _replace_folder(folder: Path, pictures: dict[str, np.ndarray]) -> None:
         write = write_image if picture.ndim == 3 else write_mask
         write(temporary / name, picture)
     if folder.exists():
+        if _same_files(temporary, folder):  # another process may be reading them
+            shutil.rmtree(temporary)
+            return
         shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def _same_files(a: Path, b: Path) -> bool:
+    names = sorted(path.name for path in a.iterdir())
+    if names != sorted(path.name for path in b.iterdir()):
+        return False
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
 # ---- What is in a video ----

@@ -72,16 +72,16 @@ class TrainingFiles:
             )
 
 
-def skip_short(files: Iterable[TrainingFiles]) -> list[TrainingFiles]:
-    """Leaves out, with a warning, videos with fewer than two annotated frames: no clip is there."""
+def skip_short(files: Iterable[TrainingFiles], least: int) -> list[TrainingFiles]:
+    """Leaves out, with a warning, videos with fewer than `least` annotated frames."""
     kept = []
     for video in files:
-        if len(video.frames) >= 2:
+        if len(video.frames) >= least:
             kept.append(video)
         else:
             LOGGER.warning(
-                "%s: annotated frames: %d; skipped, as training needs two",
-                *(video.name, len(video.frames)),
+                "%s: annotated frames: %d; skipped, as training needs %d",
+                *(video.name, len(video.frames), least),
             )
     return kept
 
@@ -128,11 +128,12 @@ def check_videos(
 
 
 def check_training_files(files: Sequence[TrainingFiles], threads: int = 8) -> None:
-    """Checks header, size and end of every file, so that long work does not stop halfway.
+    """Checks header, size and end of every frame and reads every mask, so that long work does not
+    stop halfway.
 
     Errors: FileNotFoundError for a missing file; ValueError for no videos, a name that is there
-    twice, a file that is cut short or no picture, a mask that cannot hold ids, a frame or mask of
-    another size than the video.
+    twice, a file that is cut short or no picture, a mask that `read_mask` refuses, a frame or mask
+    of another size than the video.
     """
     names = [video.name for video in files]
     if not names:
@@ -172,7 +173,9 @@ def _in_threads(check: Callable, videos: Sequence, threads: int) -> list:
 
 def _check_training_video(video: TrainingFiles) -> None:
     """Checks one video; see `check_training_files`."""
-    _check_frame_sizes(video.frames, video.masks)
+    size = _check_frame_sizes(video.frames, video.masks)
+    for path in video.masks:
+        _check_size(path, image_files.read_mask(path).shape, size, video.frames[0])
 
 
 def _check_frame_sizes(frames: Sequence[Path], masks: Iterable[Path]) -> tuple[int, int]:

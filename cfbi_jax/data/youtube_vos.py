@@ -59,17 +59,21 @@ def evaluation_videos(
 
 
 def training_files(
-    root: Path | str, split: str = "train", videos: Sequence[str] | None = None
+    root: Path | str,
+    split: str = "train",
+    videos: Sequence[str] | None = None,
+    least: int = 2,
 ) -> list[TrainingFiles]:
     """The annotated frames of the videos in `meta.json`, sorted by name.
 
     These are all the PNGs of a video with their JPEGs. A JPEG without a PNG is legal and is left
-    out. Videos with fewer than two annotated frames are skipped.
+    out.
 
     Args:
       root: the folder that holds the folders of the splits.
       split: a folder in it; `train` is the one whose annotations are complete.
       videos: restricts to these names.
+      least: videos with fewer annotated frames are skipped.
 
     Errors: FileNotFoundError for a missing folder or `meta.json`, and for an annotation without its
     frame; ValueError for a damaged `meta.json`, an unknown video.
@@ -78,7 +82,8 @@ def training_files(
     names = _selected(root, split, read_meta(root, split), videos)
     frames_folder = _existing(root / split, "JPEGImages")
     masks_folder = _existing(root / split, "Annotations")
-    return skip_short(_training_files(frames_folder / n, masks_folder / n) for n in names)
+    files = (_training_files(frames_folder / n, masks_folder / n) for n in names)
+    return skip_short(files, least)
 
 
 def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]:

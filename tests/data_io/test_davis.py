@@ -279,3 +279,11 @@ def test_sequence_of_one_frame_is_skipped(root, caplog):
         assert [v.name for v in davis.training_files(root, split="val")] == ["dogs-jump"]
     assert "bear: annotated frames: 1; skipped" in caplog.text
     assert "dogs-jump" not in caplog.text
+
+
+def test_names_are_lines(tmp_path):
+    """Folders may have spaces in their names."""
+    path = tmp_path / "ImageSets/2017/train.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("my dog\n\n bear \r\n")
+    assert davis.sequence_names(tmp_path, 2017, "train") == ["my dog", "bear"]

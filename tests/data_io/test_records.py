@@ -178,11 +178,16 @@ def test_only_the_frame_asked_for_is_read(root, tmp_path, monkeypatch):
     ]
 
 
-def test_a_file_that_cannot_be_decoded_is_named(root, tmp_path):
+def test_a_file_that_cannot_be_decoded_is_named(root, tmp_path, monkeypatch):
+    """Before anything is written, and by records that have it all the same."""
     # Complete by its header and its end, but the checksums of the parts between are wrong.
     data = bytearray(mask_file(root, 1).read_bytes())
     data[-60:-40] = bytes(20)
     mask_file(root, 1).write_bytes(data)
+    with pytest.raises(ValueError, match=r"synthetic-0002/00001\.png: damaged picture"):
+        prepare(root, tmp_path)
+    assert_no_records(tmp_path)
+    monkeypatch.setattr(builders, "check_training_files", lambda files: None)
     video = records.RecordVideos(prepare(root, tmp_path)).video(1)
     assert video.mask(0).shape == SIZE
     with pytest.raises(ValueError, match=r"1\.0\.0: mask synthetic-0002/00001: damaged picture"):

@@ -486,3 +486,16 @@ def test_writing_again_replaces_synthetic_data_only(tmp_path):
     (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("blackswan\n")
     with pytest.raises(FileExistsError, match=r"val\.txt: lists blackswan"):
         synthetic.write_davis(tmp_path, [1], num_frames=1, **options)
+
+
+def test_equal_videos_are_left_alone(tmp_path):
+    """Another process may be reading them; those of other seeds or sizes are replaced."""
+
+    def write(size):
+        synthetic.write_davis(tmp_path, [1], num_frames=2, size=size)
+        return {path: path.stat().st_ino for path in tmp_path.rglob("*.[jp][pn]g")}
+
+    first = write((40, 56))
+    assert len(first) == 4 and write((40, 56)) == first
+    changed = write((40, 48))
+    assert all(changed[path] != inode for path, inode in first.items())
