@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cfbi_jax.inference.options import BOUNDS
 from cfbi_jax.models.cfbi import CFBI, model_config
 from cfbi_jax.models.images import ImageFormat
 from cfbi_jax.training.step import TrainState
@@ -272,21 +273,25 @@ FREE_FIELDS = (
     "keep_checkpoints",
     "profile_at_step",
     "init_from",
+    *(f"inference.{name}" for name in BOUNDS),
 )
 FREE_SUFFIXES = ("_every_steps", ".root")
-FREE_PREFIXES = ("data.", "inference.")
+# What is evaluated and how; of a run that has evaluated: the best of different kinds of scores
+# would mean nothing.
+EVALUATION = ("data.", "inference.")
 
 
 def contradictions(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """ "field: A there, B now" for every field of a run that must not change when it goes on."""
     stored, now = flatten(stored), flatten(now)
+    evaluates = stored.get("mode") == now.get("mode") == "train_and_eval"
     return [
         f"{field}: {stored.get(field)!r} in the checkpoint, {now.get(field)!r} now"
         for field in sorted(set(stored) | set(now))
         if stored.get(field) != now.get(field)
         and field not in FREE_FIELDS
         and not field.endswith(FREE_SUFFIXES)
-        and not field.startswith(FREE_PREFIXES)
+        and (evaluates or not field.startswith(EVALUATION))
     ]
 
 

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -107,7 +106,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
-    stopping = stack.enter_context(_sigterm(store))
+    stopping = stack.enter_context(_Sigterm(store))
     stream = loader.batches(
         training.clips,
         config.batch_size,
@@ -120,15 +119,19 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     batches = stack.enter_context(on_devices(stack.enter_context(stream), training.options, mesh))
     train_step = make_train_step(model, image_format, tx, training.options, mesh)
 
+    def stopped(step: int) -> Stopped:
+        return Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+
     def stop(state: TrainState, step: int) -> None:
         _check_finite(training, state)
         store.save(state)
         store.wait()
-        raise Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+        raise stopped(step)
 
     # ---- Steps ----
-    if scores.due(first_step):  # the run was killed during this evaluation
-        scores.evaluate(state, first_step)
+    if scores.due(first_step):  # the run was stopped during this evaluation
+        with stopping.at_once(stopped(first_step)):
+            scores.evaluate(state, first_step)
     waited, steps, since = 0.0, 0, time.perf_counter()
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
@@ -137,6 +140,9 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         except Exception:
             if stopping(step - 1):  # the signal may have ended the workers, too
                 stop(state, step - 1)
+            _check_finite(training, state)
+            store.save(state)  # the data can be mended, and the run goes on from here
+            store.wait()
             raise
         waited += time.perf_counter() - asked
         steps += 1
@@ -166,9 +172,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             store.save(state)
         if scores.due(step):
             store.wait()  # an evaluation takes long: what comes before it is safe
-            scores.evaluate(state, step)
+            with stopping.at_once(stopped(step)):
+                scores.evaluate(state, step)
             waited, steps, since = 0.0, 0, time.perf_counter()
-        if stopping(step) and step < last_step:
+        if stopping(step):
             stop(state, step)
     store.wait()
 
@@ -200,18 +207,45 @@ def _evaluate_best(training: Training) -> None:
 # ------------------------------------------------------------------------------------------ parts
 
 
-@contextlib.contextmanager
-def _sigterm(store: Checkpoints) -> Iterator[Callable[[int], bool]]:
-    """Yields a function of the step: whether to save and stop."""
-    if jax.process_count() > 1:  # JAX catches the signal, and all processes agree on a step
-        yield store.reached_preemption
-        return
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
-    try:
-        yield lambda step: received.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class _Sigterm:
+    """Whether SIGTERM came, so that the run is to save and stop.
+
+    Among several processes JAX catches the signal, and all of them agree on a step.
+    """
+
+    def __init__(self, store: Checkpoints):
+        self._store = store
+        self._alone = jax.process_count() == 1
+        self._received = False
+        self._saved: Stopped | None = None
+
+    def __enter__(self) -> "_Sigterm":
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def __call__(self, step: int) -> bool:
+        return self._received if self._alone else self._store.reached_preemption(step)
+
+    @contextlib.contextmanager
+    def at_once(self, stopped: Stopped) -> Iterator[None]:
+        """While all is saved: the signal raises `stopped` wherever the process is."""
+        self._saved = stopped
+        try:
+            if self._received:
+                raise stopped
+            yield
+        finally:
+            self._saved = None
+
+    def _receive(self, *_) -> None:
+        self._received = True
+        if self._saved is not None:
+            raise self._saved
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 
 from cfbi_jax.data.image_files import write_image
 from cfbi_jax.inference.video import overlay
+from cfbi_jax.training.losses import IGNORED
 
 GAP = 4  # white pixels between panels and between rows
-IGNORED = 255
 GREY = 208  # light, as VOC's colour of object 7 is mid-grey
 CAPTIONS = ("reference", "previous", "prediction", "truth")
 

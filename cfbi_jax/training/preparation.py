@@ -139,7 +139,9 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
         if config[name] < 1:
             raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
-    for name in ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "workers"):
+    at_least_0 = ("seed", "workers", "threads", "learning_rate", "min_learning_rate")
+    at_least_0 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps")
+    for name in (*at_least_0, "picture_every_steps", "warmup_steps", "weight_decay"):
         if config[name] < 0:
             raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
     if config.optimizer not in schedule.OPTIMIZERS:

@@ -110,9 +110,11 @@ class Scores:
         from_primary(0.0)  # the others wait
 
     def _evaluate(self, variables: dict, step: int) -> None:
-        LOGGER.info("evaluation at step %d", step)
-        evaluation = evaluate.with_weights(self._evaluation, variables)
-        means = evaluate.summary(evaluate.run(evaluation, quiet=True))
+        means = {}
+        if all(video.truth for video in self._evaluation.videos):
+            LOGGER.info("evaluation at step %d", step)
+            evaluation = evaluate.with_weights(self._evaluation, variables)
+            means = evaluate.summary(evaluate.run(evaluation, quiet=True))
         score = means.get("J&F", NO_TRUTH)
         if score >= max(self._scores.values(), default=score):
             model, image_format = self._start.model, self._start.image_format

@@ -105,26 +105,35 @@ def test_the_best_is_replaced_as_a_whole(tmp_path):
 
 def test_contradictions():
     stored = {
+        "mode": "train_and_eval",
         "seed": 0,
         "workers": 2,
         "log_every_steps": 20,
         "model": {"windows": [1, 2], "head": "ensembler"},
         "clips": {"crop_size": 33},
         "sources": {"a": {"root": "x", "weight": 1}},
-        "data": {"dataset": "davis"},
+        "data": {"dataset": "davis", "root": "x"},
+        "inference": {"flip": False, "memory_mib": None},
     }
     now = {
+        "mode": "train_and_eval",
         "seed": 0,
         "workers": 0,
         "log_every_steps": 1,
         "model": {"windows": (1, 2), "head": "feelvos"},
         "clips": {"crop_size": 49},
         "sources": {"a": {"root": "y", "weight": 1}, "b": {"root": "z", "weight": 2}},
-        "data": {"dataset": "synthetic"},
+        "data": {"dataset": "synthetic", "root": "y"},
+        "inference": {"flip": True, "memory_mib": 100},
     }
     assert contradictions(stored, now) == [
         "clips.crop_size: 33 in the checkpoint, 49 now",
+        "data.dataset: 'davis' in the checkpoint, 'synthetic' now",
+        "inference.flip: False in the checkpoint, True now",
         "model.head: 'ensembler' in the checkpoint, 'feelvos' now",
         "sources.b.weight: None in the checkpoint, 2 now",
     ]
     assert contradictions(stored, stored) == []
+    for one, other in ((stored | {"mode": "train"}, now), (stored, now | {"mode": "train"})):
+        fields = [line.split(":")[0] for line in contradictions(one, other)]
+        assert fields == ["clips.crop_size", "model.head", "sources.b.weight"]

@@ -1,5 +1,6 @@
 """A tiny run from its configuration to its last file, and everything that can go wrong with it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from small import random_variables
 from tiny_run import MODEL, get_config
 
 import cfbi_jax
-from cfbi_jax import main
+from cfbi_jax import evaluate, main
 from cfbi_jax.config import source
 from cfbi_jax.data import synthetic
 from cfbi_jax.models.cfbi import CFBI
@@ -33,6 +35,7 @@ from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.metric_writers import read_metrics
+from cfbi_jax.training.step import StepOptions
 from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
@@ -158,8 +161,9 @@ def begun(whole, tmp_path):
 
 
 def test_half_precision(config, whole, tmp_path):
-    """bfloat16 has 8 bits. On the same weights, those of the first step, loss and gradient are near
-    those in float32 (later on the runs part); weights and optimiser stay float32."""
+    """bfloat16 has 8 bits. On the same weights, those of the first step, the loss is near that in
+    float32 (later on the runs part); weights and optimiser stay float32. The gradient's norm is in
+    the same range: in bfloat16 changes of 1e-6 of these weights move it by a quarter."""
     config.model.compute_dtype = "bfloat16"
     run(config, tmp_path / "half")
     found, expected = (
@@ -170,7 +174,7 @@ def test_half_precision(config, whole, tmp_path):
         for out in (tmp_path / "half", whole)
     )
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name][0], values[0], rtol=0.05)
+        np.testing.assert_allclose(found[name][0], values[0], rtol={"loss": 0.05}.get(name, 0.4))
         assert (found[name] != values).all() and np.isfinite(found[name]).all()
         assert len(found[name]) == STEPS
     assert {x.dtype for x in arrays(tmp_path / "half").values()} == {
@@ -365,6 +369,135 @@ def test_another_number_of_devices_goes_on(config, whole, begun, tmp_path):
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.05)
 
 
+@pytest.fixture
+def evaluations(config, davis, monkeypatch):
+    """Evaluations that score what is put into the list that this returns, and segment nothing. A
+    function in it is called instead; `None`, for the last evaluation of all, has no score."""
+    config.mode, config.data.root = "train_and_eval", str(davis)
+    results = []
+
+    def next_result(evaluation, quiet=False):
+        result = results.pop(0)
+        return result() if callable(result) else result
+
+    monkeypatch.setattr(evaluate, "run", next_result)
+    monkeypatch.setattr(evaluate, "summary", lambda score: {"J&F": score} if score else {})
+    return results
+
+
+def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path):
+    """At once, as all is saved; the command goes on with it, and knows the scores before."""
+    out = tmp_path / "out"
+
+    def sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("the signal was not heard")
+
+    evaluations[:] = [0.9, sigterm]
+    with pytest.raises(loop.Stopped, match="step 8 of 8 is saved"):
+        run(config, out)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    evaluations[:] = [0.5, None]
+    run(config, out)
+    assert not evaluations
+    lines = read_metrics(out / "evaluations.jsonl")
+    assert [(line["step"], line["J&F"]) for line in lines] == [(4, 0.9), (8, 0.5)]
+    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "4")
+    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
+    assert_same_run(out, whole)
+
+
+def test_equal_scores_keep_the_newer_weights(config, evaluations, tmp_path):
+    evaluations[:] = [0.5, 0.5, None]
+    run(config, tmp_path / "out")
+    best = load_checkpoint(tmp_path / "out" / "best")
+    newest = load_checkpoint(tmp_path / "out" / "checkpoints" / str(STEPS))
+    jax.tree.map(np.testing.assert_array_equal, best.variables, newest.variables)
+
+
+def test_without_truth_the_newest_weights_are_the_best(config, evaluations, davis, tmp_path):
+    """And nothing is segmented but with them, in the end."""
+    root = tmp_path / "DAVIS"
+    shutil.copytree(davis, root)
+    for path in (root / "Annotations/480p/synthetic-0001").iterdir():
+        if path.stem != "00000":
+            path.unlink()
+    config.data.root = str(root)
+    evaluations[:] = [None]
+    run(config, tmp_path / "out")
+    assert not evaluations
+    best = load_checkpoint(tmp_path / "out" / "best")
+    newest = load_checkpoint(tmp_path / "out" / "checkpoints" / str(STEPS))
+    jax.tree.map(np.testing.assert_array_equal, best.variables, newest.variables)
+
+
+def test_results_of_something_else_are_not_replaced(config, evaluations, tmp_path):
+    out = tmp_path / "out"
+
+    def others():  # come into the folder while the run is at work
+        (out / "segmented").mkdir()
+        (out / "segmented" / "synthetic-0001.json").write_text('{"made_by": {}}')
+        return 0.5
+
+    evaluations[:] = [0.5, others]
+    with pytest.raises(preparation.Refused, match="made by something else(.|\n)*best"):
+        run(config, out)
+
+
+def test_a_data_error_loses_no_step(config, whole, tmp_path, monkeypatch):
+    on_devices = loop.on_devices
+
+    @contextlib.contextmanager
+    def failing(*arguments):
+        with on_devices(*arguments) as batches:
+
+            def first_three():
+                for _ in range(3):
+                    yield next(batches)
+                raise ValueError("00003.png: damaged picture")
+
+            yield first_three()
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="damaged picture"):
+        patch.setattr(loop, "on_devices", failing)
+        run(config, tmp_path / "out")
+    assert checkpoint_steps(tmp_path / "out") == [2, 3]
+    run(config, tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
+    config.weight_decay, config.momentum, config.max_gradient_norm = 0.1, 0.2, 0.3
+    config.freeze_backbone, config.remat, config.accumulate = True, "segment", 2
+    config.sequential_start, config.mining_end = 0.25, 0.75
+    config.learning_rate, config.min_learning_rate, config.warmup_steps = 0.4, 0.01, 3
+    training = preparation.prepare(config, tmp_path / "out")
+    assert training.options == StepOptions(
+        max_objects=1,
+        sequential_step=2,
+        mining_step=6,
+        accumulate=2,
+        remat="segment",
+        ema_decay=0.9,
+        freeze_backbone=True,
+    )
+    assert training.clips.options.crop_size == 33
+
+    class Seen(Exception):
+        pass
+
+    def optimizer(rate, *arguments):
+        raise Seen(float(rate(0)), float(rate(2)), float(rate(STEPS)), *arguments)
+
+    monkeypatch.setattr(schedule, "optimizer", optimizer)
+    with pytest.raises(Seen) as seen:
+        loop.run(training)
+    first, third, last, *arguments = seen.value.args
+    np.testing.assert_allclose([first, third, last], [0.01, 0.4 / 3 * 2, 0.0797], atol=1e-4)
+    assert arguments == [0.1, 0.2, 0.3, True, "sgd"]
+
+
 # -------------------------------------------------------------------------------- damage and room
 
 
@@ -527,6 +660,10 @@ def test_one_run_at_a_time(config, begun, davis, monkeypatch):
     after = {p: p.stat().st_mtime_ns for p in begun.rglob("*") if p.is_file()}
     before.pop(begun / "train.lock"), after.pop(begun / "train.lock")
     assert after == before  # not even the videos to evaluate are drawn again
+    config.mode = "train"
+    training = preparation.prepare(config, begun)
+    with preparation.hold(begun), pytest.raises(preparation.Refused, match="in use by another run"):
+        loop.run(training)  # the other one came between the checks and the first step
 
 
 @pytest.fixture
@@ -582,6 +719,16 @@ def other_size(config, root):
     Image.open(path).crop((0, 0, 30, 40)).save(path)
 
 
+def shades(config, root):
+    path = root / "Annotations/480p/synthetic-0000/00002.png"
+    drawn = Image.fromarray(200 * (np.array(Image.open(path)) > 0).astype(np.uint8))
+    drawn.resize((28, 20)).resize((56, 40), Image.BICUBIC).save(path)
+
+
+def negative_rate(config, root):
+    config.learning_rate = -0.1
+
+
 def no_objects(config, root):
     for path in (root / "Annotations/480p/synthetic-0000").iterdir():
         image = Image.open(path)
@@ -633,6 +780,8 @@ def nothing_to_evaluate(config, root):
         (no_mask, ["synthetic-0000", "00003.png"]),
         (no_frame, ["synthetic-0000", "00003"]),
         (other_size, ["synthetic-0000/00002.png", "40 x 30", "40 x 56"]),
+        (shades, ["synthetic-0000/00002.png", "anti-aliased"]),
+        (negative_rate, ["config.learning_rate is -0.1; expected 0 or more"]),
         (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
         (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
         (crop_size, ["crop_size = 32; expected 16 n + 1"]),

@@ -1,0 +1,123 @@
+"""Every experiment: what the paper, its appendix and the authors state of it."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+import configs
+from cfbi_jax.models.cfbi import build_model
+
+NAMES = sorted(
+    path.stem for path in Path(configs.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
+# Paper section 4 and the authors' released settings; what a config does not list is the same.
+PAPER = {
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 15e-5,
+    "max_gradient_norm": 5.0,
+    "warmup_steps": 1000,
+    "min_learning_rate": 1e-5,
+    "sequential_start": 0.5,
+    "mining_end": 0.5,
+    "freeze_backbone": False,
+    "ema_decay": 0.0,
+    "accumulate": 1,
+    "clips.crop_size": 465,
+    "clips.short_edge": 480,
+    "clips.num_current": 3,
+    "clips.max_objects": 5,
+    "clips.balanced_crop": True,
+    "clips.min_object_pixels": 100,
+    "clips.min_reference_pixels": 200,
+    "model.backbone": "resnet101",
+    "model.head": "ensembler",
+    "model.windows": (12, 2, 4, 6, 8, 10),  # in the order of the official weights
+    "model.pixel_background": True,
+    "model.instance_background": True,
+    "model.instance_attention": True,
+    "model.distance_bias": True,
+    "model.dropout": 0.1,
+}
+DAVIS = {
+    "batch_size": 6,
+    "num_train_steps": 50_000,
+    "learning_rate": 0.006,
+    "data.dataset": "davis",
+    "data.split": "val",
+    "sources.davis.dataset": "davis",
+    "sources.davis.split": "train",
+    "sources.davis.weight": 1,
+    "sources.davis.static": False,
+}
+YOUTUBE_VOS = {
+    "batch_size": 8,
+    "num_train_steps": 100_000,
+    "learning_rate": 0.01,
+    "data.dataset": "youtube_vos",
+    "data.split": "valid",
+    "sources.youtube_vos.dataset": "youtube_vos",
+    "sources.youtube_vos.split": "train",
+    "sources.youtube_vos.weight": 1,
+}
+BOTH = {
+    **DAVIS,
+    "batch_size": 8,
+    "num_train_steps": 100_000,
+    "learning_rate": 0.01,
+    "sources.davis.weight": 30,
+    "sources.youtube_vos.dataset": "youtube_vos",
+    "sources.youtube_vos.split": "train",
+    "sources.youtube_vos.weight": 1,
+}
+MOBILENET = {"model.backbone": "mobilenet_v2"}
+EXPECTED = {
+    "davis": DAVIS,
+    "davis_mobilenet": DAVIS | MOBILENET,
+    "youtube_vos": YOUTUBE_VOS,
+    "youtube_vos_mobilenet": YOUTUBE_VOS | MOBILENET,
+    "davis_youtube_vos": BOTH,
+    "davis_youtube_vos_mobilenet": BOTH | MOBILENET,
+    "static_pretraining": DAVIS | {"num_train_steps": 20_000, "sources.davis.static": True},
+    "feelvos_baseline": DAVIS
+    | {
+        "model.pixel_background": False,
+        "model.instance_background": False,
+        "model.distance_bias": False,
+        "model.windows": (12,),
+        "model.instance_attention": False,
+        "model.head": "feelvos",
+        "sequential_start": 1.0,
+        "clips.balanced_crop": False,
+    },
+}
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_a_network_with_videos(name):
+    config = load(name)
+    build_model(config.model.to_dict())
+    assert config.sources and all(source.weight > 0 for source in config.sources.values())
+    config.data.root = "elsewhere"  # one root on the command line serves training and evaluation
+    for source in config.sources.values():
+        if source.dataset == config.data.dataset != "synthetic":
+            assert source.root == "elsewhere"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_published_settings(name):
+    config = load(name)
+    for field, value in (PAPER | EXPECTED[name]).items():
+        found = config
+        for part in field.split("."):
+            found = found[part]
+        assert found == value, field
+
+
+def test_only_the_trainings_for_cpus_have_settings_of_their_own():
+    assert set(NAMES) - set(EXPECTED) == {"quickstart", "davis240_mobilenet"}
