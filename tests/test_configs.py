@@ -50,6 +50,7 @@ DAVIS = {
     "sources.davis.split": "train",
     "sources.davis.weight": 1,
     "sources.davis.static": False,
+    "sources.davis.full_resolution": True,
 }
 YOUTUBE_VOS = {
     "batch_size": 8,

@@ -1,6 +1,7 @@
 """From the configuration's `sources` to videos that clips are drawn from."""
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
 from cfbi_jax.data.synthetic import SyntheticVideos
 from cfbi_jax.data.videos import check_names, split_names
+
+LOGGER = logging.getLogger(__name__)
 
 DATASETS = ("davis", "youtube_vos", "synthetic")
 
@@ -42,9 +45,13 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
         split, year = source["split"], source["year"]
         least = 1 if source["static"] else 2  # frames that a clip needs
         if dataset == "davis":
-            about = f"davis_{year}_{split}_{source['resolution']}"
+            resolution = source["resolution"]
+            if source["full_resolution"] and resolution == "480p":
+                resolution = davis.finest_resolution(root)
+                LOGGER.info("%s: training on %s", root, resolution)
+            about = f"davis_{year}_{split}_{resolution}"
             names = _without(source, names or davis.sequence_names(root, year, split))
-            files = davis.training_files(root, year, split, source["resolution"], names, least)
+            files = davis.training_files(root, year, split, resolution, names, least)
         else:
             about = f"youtube_vos_{split}"
             names = _without(source, names or list(youtube_vos.read_meta(root, split)))

@@ -166,3 +166,22 @@ def test_static_takes_single_pictures_of_any_size(tmp_path):
     assert [video.frame(7).shape for video in videos] == [(48, 64, 3), (40, 56, 3)]
     with pytest.raises(ValueError, match="no videos to train on"):
         make(tmp_path, dataset="davis", root=str(root))
+
+
+def test_full_resolution_where_it_is(tmp_path):
+    """In place of 480p only: a resolution that was asked for stays."""
+    root = tmp_path / "DAVIS"
+
+    def shape(**fields):
+        found = make(tmp_path, dataset="davis", root=str(root), **fields)
+        return found.video(0, np.random.default_rng(0)).frame(0).shape
+
+    for resolution, size in (("480p", (48, 64)), ("240p", (40, 40))):
+        synthetic.write_davis(root, (1,), "train", resolution=resolution, num_frames=2, size=size)
+    assert shape(full_resolution=True) == (48, 64, 3)
+    synthetic.write_davis(
+        root, (1,), "train", resolution="Full-Resolution", num_frames=2, size=(96, 128)
+    )
+    assert shape(full_resolution=True) == (96, 128, 3)
+    assert shape(full_resolution=False) == (48, 64, 3)
+    assert shape(full_resolution=True, resolution="240p") == (40, 40, 3)
