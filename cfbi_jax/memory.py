@@ -19,7 +19,7 @@ DEVICE_SHARE = 0.8
 CPU_BUDGET = 1024 * MIB
 # float32 numbers that the head holds at once per pixel and row, in units of its input's channels:
 # the largest of several networks and sizes, by `scripts/benchmark.py plan`.
-HEAD_COPIES = 4.6
+HEAD_COPIES = 4.0
 # Copies of the logits of a line at the video's own size: before and after softmax, their sum, and
 # on CPUs the workspace of the library that computes the product with the interpolation matrix,
 # which is in no analysis of the compiled program.
