@@ -140,9 +140,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         except Exception:
             if stopping(step - 1):  # the signal may have ended the workers, too
                 stop(state, step - 1)
-            _check_finite(training, state)
-            store.save(state)  # the data can be mended, and the run goes on from here
-            store.wait()
+            if step > 1:  # the data can be mended, and the run goes on from here
+                _check_finite(training, state)
+                store.save(state)
+                store.wait()
             raise
         waited += time.perf_counter() - asked
         steps += 1
