@@ -6,8 +6,8 @@
         --config.data.root=DAVIS --config.init_from=PRE/best
 
 Any folder in DAVIS' layout is a source of pictures; pictures of different sizes are sequences of
-one frame each. Not part of the paper, which found it
-unnecessary; the field uses it where videos are few. Cost and result: not measured.
+one frame each. Not part of the paper, which found it unnecessary; the field uses it where videos
+are few. Cost and result: not measured.
 """
 
 from configs import davis

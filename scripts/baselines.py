@@ -38,8 +38,8 @@ from cfbi_jax.inference.dataset import results_folder
 from cfbi_jax.inference.video import MaskWriter, prefetch
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.models.images import network_size, prepare
-from cfbi_jax.models.layers import interpolation_matrix, resize
 from cfbi_jax.models.mobilenet_v2 import MobileNetV2
+from cfbi_jax.models.resizing import interpolation_matrix, resize
 from cfbi_jax.training import preparation
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
 from cfbi_jax.weights.initial import initial_checkpoint

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax.inference import test_time
 from cfbi_jax.inference.test_time import View
-from cfbi_jax.models.layers import resize_labels
 from cfbi_jax.models.matching import NOBODY
+from cfbi_jax.models.resizing import resize_labels
 
 Shaped = Any  # an array or, in a plan, what stands for one
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax.models import images
 from cfbi_jax.models.cfbi import mask_padding
-from cfbi_jax.models.layers import interpolation_matrix
+from cfbi_jax.models.resizing import interpolation_matrix
 
 
 @dataclasses.dataclass(frozen=True)

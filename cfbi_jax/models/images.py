@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cfbi_jax.models.layers import resize
+from cfbi_jax.models.resizing import resize
 
 STRIDE = 16
 # Longest edge, in pixels, of the released test settings.

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from cfbi_jax.models.layers import resize, resize_labels
+from cfbi_jax.models.resizing import resize, resize_labels
 
 FAR = 5e4  # squared distance that stands for "no such pixel"; below float16's largest number
 NOBODY = 255  # label of pixels that match nothing

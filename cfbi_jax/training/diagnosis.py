@@ -9,7 +9,7 @@ import numpy as np
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import prepare
-from cfbi_jax.models.layers import resize_labels
+from cfbi_jax.models.resizing import resize_labels
 from cfbi_jax.training.step import FIRST_CURRENT, REFERENCE, TrainState
 from cfbi_jax.weights.checkpoint import Checkpoint
 

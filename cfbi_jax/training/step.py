@@ -32,7 +32,7 @@ from cfbi_jax.compilation import compiler_options
 from cfbi_jax.memory import MemoryPlan, tree_bytes, working_bytes
 from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding, parameter_shapes
 from cfbi_jax.models.images import ImageFormat, prepare
-from cfbi_jax.models.layers import resize, resize_labels
+from cfbi_jax.models.resizing import resize, resize_labels
 from cfbi_jax.training.losses import IGNORED, bootstrapped_cross_entropy, mining_ratio
 
 REMAT = ("none", "segment", "all")

@@ -37,7 +37,7 @@ from cfbi_jax.models import matching
 from cfbi_jax.models.attention import instance_vector
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
-from cfbi_jax.models.layers import resize_labels
+from cfbi_jax.models.resizing import resize_labels
 
 
 def infer(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from cfbi_jax.models.layers import resize, resize_labels
+from cfbi_jax.models.resizing import resize, resize_labels
 
 FAR = 5e4
 NOBODY = 255

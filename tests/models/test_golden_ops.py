@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import recipe
 
-from cfbi_jax.models import attention, deeplab, ensembler, layers, matching, mobilenet_v2
+from cfbi_jax.models import (
+    attention,
+    deeplab,
+    ensembler,
+    layers,
+    matching,
+    mobilenet_v2,
+    resizing,
+)
 from cfbi_jax.models.cfbi import MatchingFeature, augment_background
 from cfbi_jax.weights.official import convert_state_dict
 
@@ -116,7 +124,7 @@ def test_resize(method):
     for name, expected in OPS.items():
         if name.startswith(f"{method}_7x9_to_"):
             x = to_nhwc(OPS["interp_in"])[..., : expected.shape[1]]
-            found = layers.resize(x, expected.shape[2:], method)
+            found = resizing.resize(x, expected.shape[2:], method)
             assert_close(found.transpose(0, 3, 1, 2), expected, 1e-5)
             tried += 1
     assert tried >= 2
@@ -125,7 +133,7 @@ def test_resize(method):
 @pytest.mark.parametrize("name", [n for n in OPS if n.startswith("nearest_")])
 def test_nearest_indices(name):
     _, size_in, _, size_out = name.split("_")
-    np.testing.assert_array_equal(layers.nearest_indices(int(size_in), int(size_out)), OPS[name])
+    np.testing.assert_array_equal(resizing.nearest_indices(int(size_in), int(size_out)), OPS[name])
 
 
 # ------------------------------------------------------------ modules, with the recipe's weights

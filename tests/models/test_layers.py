@@ -1,13 +1,14 @@
 """Layers against independent implementations: XLA's own convolution, OpenCV, SciPy, formulas."""
 
 import cv2
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.signal import correlate
 
-from cfbi_jax.models import images, layers
+from cfbi_jax.models import convolutions, images, layers, resizing
 
 
 def random(*shape, seed=0):
@@ -33,7 +34,7 @@ def test_depthwise_convolution(stride, dilation, padding):
         )
 
     def by_package(x, kernel):
-        return layers.conv2d(
+        return convolutions.conv2d(
             x, kernel, stride=stride, dilation=dilation, padding=padding, depthwise=True
         )
 
@@ -66,7 +67,7 @@ def test_scaled_convolution(size, stride, depthwise):
         )
 
     def by_package(x, kernel, scale):
-        return layers.conv2d(
+        return convolutions.conv2d(
             x, kernel, stride=stride, padding=size // 2, depthwise=depthwise, scale=scale
         )
 
@@ -83,7 +84,7 @@ def test_scaled_convolution(size, stride, depthwise):
 def test_convolution_is_correlation_with_zero_padding(size, stride, dilation):
     x, kernel = random(1, 9, 10, 3), random(size, size, 3, 4, seed=1)
     padding = dilation * (size - 1) // 2
-    found = layers.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
+    found = convolutions.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
     padded = np.pad(np.asarray(x[0]), ((padding, padding), (padding, padding), (0, 0)))
     spread = np.zeros((dilation * (size - 1) + 1,) * 2 + (3, 4), np.float32)
     spread[::dilation, ::dilation] = kernel
@@ -127,7 +128,7 @@ def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, paddin
         )
 
     def by_package(x, kernel):
-        return layers.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
+        return convolutions.conv2d(x, kernel, stride=stride, dilation=dilation, padding=padding)
 
     expected, expected_transpose = jax.vjp(by_xla, x, kernel)
     found, transpose = jax.vjp(by_package, x, kernel)
@@ -137,6 +138,24 @@ def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, paddin
     for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+@pytest.mark.parametrize("groups, mean", [(4, 0.0), (4, 30.0), (8, 0.0), (1, 2.0)])
+def test_group_norm_is_flaxs(groups, mean):
+    """And its gradients; a mean of many standard deviations costs no precision."""
+    x = mean + random(2, 9, 7, 8)
+    ours = layers.GroupNorm(groups)
+    flaxs = nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False)
+    variables = {"params": {"scale": random(8, seed=1), "bias": random(8, seed=2)}}
+    expected, expected_transpose = jax.vjp(flaxs.apply, variables, x)
+    found, transpose = jax.vjp(ours.apply, variables, x)
+    tolerance = 2e-5 if mean < 30 else 1e-4
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    gradients = (f(random(*x.shape, seed=3)) for f in (transpose, expected_transpose))
+    for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=10 * tolerance)
+    half = layers.GroupNorm(groups, jnp.bfloat16).apply(variables, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16 and np.isfinite(half.astype(jnp.float32)).all()
 
 
 def test_frozen_batch_norm_has_no_trainable_parameter():
@@ -157,7 +176,7 @@ def test_cubic_resize_of_frames_is_opencvs(sizes):
     size, out = sizes
     image = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.float32)
     expected = cv2.resize(image, out[::-1], interpolation=cv2.INTER_CUBIC)
-    found = layers.resize(jnp.asarray(image)[None], out, "bicubic", align_corners=False)[0]
+    found = resizing.resize(jnp.asarray(image)[None], out, "bicubic", align_corners=False)[0]
     assert expected.min() < 0 or size == out  # overshoot is kept, not clipped
     np.testing.assert_allclose(found, expected, atol=2e-3)  # of 255
 
@@ -165,14 +184,16 @@ def test_cubic_resize_of_frames_is_opencvs(sizes):
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_resizing_keeps_constants_and_corners(method):
     x = random(1, 5, 7, 2)
-    found = layers.resize(x, (11, 4), method)
+    found = resizing.resize(x, (11, 4), method)
     np.testing.assert_allclose(found[0, [0, -1]][:, [0, -1]], x[0, [0, -1]][:, [0, -1]], atol=1e-5)
-    np.testing.assert_allclose(layers.resize(jnp.ones((1, 5, 7, 1)), (1, 20), method), 1, atol=1e-6)
+    np.testing.assert_allclose(
+        resizing.resize(jnp.ones((1, 5, 7, 1)), (1, 20), method), 1, atol=1e-6
+    )
 
 
 def test_resize_is_never_in_reduced_precision():
     """On NVIDIA GPUs DEFAULT is TF32."""
-    lowered = jax.jit(lambda x: layers.resize(x, (9, 9))).lower(jnp.ones((1, 5, 7, 2))).as_text()
+    lowered = jax.jit(lambda x: resizing.resize(x, (9, 9))).lower(jnp.ones((1, 5, 7, 2))).as_text()
     assert lowered.count("dot_general") == 2
     assert lowered.count("precision = [HIGHEST, HIGHEST]") == 2
 
@@ -231,7 +252,7 @@ def test_widely_dilated_convolution_is_xlas(dilation, size):
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    found = layers.conv2d(x, kernel, dilation=dilation, padding=dilation)
+    found = convolutions.conv2d(x, kernel, dilation=dilation, padding=dilation)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -242,13 +263,15 @@ def test_convolution_of_the_resized_input(method, size, target):
     x, kernel = random(2, *size, 5), random(3, 3, 5, 4, seed=1)
 
     def directly(x, kernel):
-        resized = layers.resize(x, target, method)
+        resized = resizing.resize(x, target, method)
         return jax.lax.conv_general_dilated(
             resized, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
     expected, expected_transpose = jax.vjp(directly, x, kernel)
-    found, transpose = jax.vjp(lambda x, k: layers.resized_conv2d(x, k, target, method), x, kernel)
+    found, transpose = jax.vjp(
+        lambda x, k: resizing.resized_conv2d(x, k, target, method), x, kernel
+    )
     np.testing.assert_allclose(found, expected, atol=2e-5)
     gradient = random(*expected.shape, seed=2)
     for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):

@@ -21,22 +21,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
-from ml_collections import ConfigDict
 from PIL import Image
+from runs import error_of, tiny
 from small import random_variables
-from tiny_run import MODEL, get_config
+from tiny_run import MODEL
 
 import cfbi_jax
-from cfbi_jax import evaluate, main
-from cfbi_jax.config import source
-from cfbi_jax.data import synthetic
+from cfbi_jax import evaluate
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.metric_writers import read_metrics
-from cfbi_jax.training.step import StepOptions
-from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -71,39 +67,8 @@ def quick():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "start"
-    model = CFBI(**MODEL)
-    save_checkpoint(path, model, random_variables(model, 0), IMAGENET_FORMAT)
-    return path
-
-
-@pytest.fixture
-def config(weights):
-    return tiny(weights)
-
-
-def tiny(weights):
-    config = get_config()
-    config.init_from = str(weights)
-    return config
-
-
 def run(config, out):
     loop.run(preparation.prepare(config, out))
-
-
-def error_of(config, out, monkeypatch) -> str:
-    """What the command, in this process, says as it exits with status 1."""
-    monkeypatch.setattr(main, "_log_to_screen", lambda: None)
-    for flag, value in (("CONFIG", config), ("WORKDIR", str(out)), ("DISTRIBUTED", "")):
-        monkeypatch.setattr(main, flag, SimpleNamespace(value=value))
-    with pytest.raises(SystemExit) as stopped:
-        main.main([])
-    assert isinstance(stopped.value.code, str), "a text is printed, and the status is 1"
-    assert stopped.value.code.startswith("error: ")
-    return stopped.value.code
 
 
 def losses(out):
@@ -160,26 +125,36 @@ def begun(whole, tmp_path):
     return out
 
 
-def test_half_precision(config, whole, tmp_path):
-    """bfloat16 has 8 bits. On the same weights, those of the first step, the loss is near that in
-    float32 (later on the runs part); weights and optimiser stay float32. The gradient's norm is in
-    the same range: in bfloat16 changes of 1e-6 of these weights move it by a quarter."""
-    config.model.compute_dtype = "bfloat16"
-    run(config, tmp_path / "half")
+def test_half_precision(config, tmp_path):
+    """bfloat16 has 8 bits. On the same weights, those of the first step, loss and gradient are near
+    those in float32 (later on the runs part); weights and optimiser stay float32.
+
+    A wider network than in the other runs, in which changes of 1e-6 of the weights move the norm of
+    the bfloat16 gradient by a quarter.
+    """
+    wide = dict(decoder_dim=32, embedding_dim=16, matching_dim=16, ensembler_dim=64)
+    model = CFBI(**{**MODEL, **wide})
+    save_checkpoint(tmp_path / "start", model, random_variables(model, 0), IMAGENET_FORMAT)
+    config.init_from = str(tmp_path / "start")
+    config.model.update(wide)
+    for dtype in ("float32", "bfloat16"):
+        config.model.compute_dtype = dtype
+        run(config, tmp_path / dtype)
     found, expected = (
         {
             name: np.array([line[name] for line in read_metrics(out / "metrics.jsonl")])
             for name in ("loss", "gradient_norm")
         }
-        for out in (tmp_path / "half", whole)
+        for out in (tmp_path / "bfloat16", tmp_path / "float32")
     )
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name][0], values[0], rtol={"loss": 0.05}.get(name, 0.4))
+        np.testing.assert_allclose(found[name][0], values[0], rtol=0.05)
         assert (found[name] != values).all() and np.isfinite(found[name]).all()
         assert len(found[name]) == STEPS
-    assert {x.dtype for x in arrays(tmp_path / "half").values()} == {
-        x.dtype for x in arrays(whole).values()
-    }
+    found, expected = (
+        {x.dtype for x in arrays(tmp_path / dtype).values()} for dtype in ("bfloat16", "float32")
+    )
+    assert found == expected
 
 
 def command(config, out, *, code="", env=None):
@@ -206,14 +181,6 @@ def end_of(process):
 
 
 # ------------------------------------------------------------------------------- the whole command
-
-
-@pytest.fixture(scope="module")
-def davis(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "DAVIS"
-    for split, seed in (("train", 0), ("val", 1)):
-        synthetic.write_davis(root, (seed,), split, num_frames=5, size=(40, 56), num_objects=1)
-    return root
 
 
 def test_command_trains_evaluates_and_keeps_the_best(config, whole, davis, tmp_path):
@@ -467,37 +434,6 @@ def test_a_data_error_loses_no_step(config, whole, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "out", whole)
 
 
-def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
-    config.weight_decay, config.momentum, config.max_gradient_norm = 0.1, 0.2, 0.3
-    config.freeze_backbone, config.remat, config.accumulate = True, "segment", 2
-    config.sequential_start, config.mining_end = 0.25, 0.75
-    config.learning_rate, config.min_learning_rate, config.warmup_steps = 0.4, 0.01, 3
-    training = preparation.prepare(config, tmp_path / "out")
-    assert training.options == StepOptions(
-        max_objects=1,
-        sequential_step=2,
-        mining_step=6,
-        accumulate=2,
-        remat="segment",
-        ema_decay=0.9,
-        freeze_backbone=True,
-    )
-    assert training.clips.options.crop_size == 33
-
-    class Seen(Exception):
-        pass
-
-    def optimizer(rate, *arguments):
-        raise Seen(float(rate(0)), float(rate(2)), float(rate(STEPS)), *arguments)
-
-    monkeypatch.setattr(schedule, "optimizer", optimizer)
-    with pytest.raises(Seen) as seen:
-        loop.run(training)
-    first, third, last, *arguments = seen.value.args
-    np.testing.assert_allclose([first, third, last], [0.01, 0.4 / 3 * 2, 0.0797], atol=1e-4)
-    assert arguments == [0.1, 0.2, 0.3, True, "sgd"]
-
-
 # -------------------------------------------------------------------------------- damage and room
 
 
@@ -592,23 +528,6 @@ def spoiled(weights, path, name, value):
 EMBEDDING = "pixel_embedding/pointwise"
 
 
-def test_a_random_start_is_calibrated(config, tmp_path):
-    """From the frames of the first clips; a checkpoint stays as it is."""
-    config.init_from = ""
-    training = preparation.prepare(config, tmp_path / "out")
-    pairs = [training.clips[index].frames[:2] for index in range(16)]
-    start = preparation.initial_checkpoint(training.start.model, "", config.seed)
-    expected = calibrated(start, np.stack(pairs))
-    jax.tree.map(np.testing.assert_array_equal, training.start.variables, expected.variables)
-    config.calibrate = False
-    plain = preparation.prepare(config, tmp_path / "plain").start
-    jax.tree.map(np.testing.assert_array_equal, plain.variables, start.variables)
-    save_checkpoint(tmp_path / "saved", plain.model, plain.variables, IMAGENET_FORMAT)
-    config.init_from, config.calibrate = str(tmp_path / "saved"), True
-    loaded = preparation.prepare(config, tmp_path / "loaded").start
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, start.variables)
-
-
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -642,13 +561,7 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
     assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
 
 
-# ----------------------------------------------------------------------------- refused at the start
-
-
-def test_a_source_of_weight_zero_is_not_used(config, tmp_path):
-    config.sources.nowhere = source(root=str(tmp_path / "nowhere"), weight=0)
-    clips = preparation.prepare(config, tmp_path / "out").clips
-    assert len(clips.sources) == 1 and clips.epoch_length == 1000
+# ----------------------------------------------------------------------------- others, other data
 
 
 def test_one_run_at_a_time(config, begun, davis, monkeypatch):
@@ -664,144 +577,6 @@ def test_one_run_at_a_time(config, begun, davis, monkeypatch):
     training = preparation.prepare(config, begun)
     with preparation.hold(begun), pytest.raises(preparation.Refused, match="in use by another run"):
         loop.run(training)  # the other one came between the checks and the first step
-
-
-@pytest.fixture
-def from_davis(config, davis, tmp_path):
-    """A run on a folder of files of its own, and that folder."""
-    root = tmp_path / "DAVIS"
-    shutil.copytree(davis, root)
-    config.sources = ConfigDict()
-    config.sources.davis = cfbi_jax.config.source(dataset="davis", root=str(root))
-    config.records = str(tmp_path / "records")
-    return config, root
-
-
-def batch_size(config, root):
-    config.batch_size, config.accumulate = 3, 2
-
-
-def no_root(config, root):
-    config.sources.davis.root = str(root / "nowhere")
-
-
-def empty_root(config, root):
-    config.sources.davis.root = ""
-
-
-def unknown_dataset(config, root):
-    config.sources.davis.dataset = "kitti"
-
-
-def sources_of_weight_zero(config, root):
-    for one in config.sources.values():
-        one.weight = 0
-
-
-def no_sources(config, root):
-    config.sources = ConfigDict()
-
-
-def no_list(config, root):
-    config.sources.davis.split = "trainval"
-
-
-def no_mask(config, root):
-    (root / "Annotations/480p/synthetic-0000/00003.png").unlink()
-
-
-def no_frame(config, root):
-    (root / "JPEGImages/480p/synthetic-0000/00003.jpg").unlink()
-
-
-def other_size(config, root):
-    path = root / "Annotations/480p/synthetic-0000/00002.png"
-    Image.open(path).crop((0, 0, 30, 40)).save(path)
-
-
-def shades(config, root):
-    path = root / "Annotations/480p/synthetic-0000/00002.png"
-    drawn = Image.fromarray(200 * (np.array(Image.open(path)) > 0).astype(np.uint8))
-    drawn.resize((28, 20)).resize((56, 40), Image.BICUBIC).save(path)
-
-
-def negative_rate(config, root):
-    config.learning_rate = -0.1
-
-
-def no_objects(config, root):
-    for path in (root / "Annotations/480p/synthetic-0000").iterdir():
-        image = Image.open(path)
-        empty = Image.fromarray(np.zeros_like(np.array(image)))
-        empty.putpalette(image.getpalette())
-        empty.save(path)
-
-
-def changed_after_preparation(config, root):
-    preparation.prepare(config, root.parent / "earlier")
-    path = root / "JPEGImages/480p/synthetic-0000/00001.jpg"
-    Image.open(path).rotate(180).save(path)
-
-
-def crop_size(config, root):
-    config.clips.crop_size = 32
-
-
-def unknown_optimizer(config, root):
-    config.optimizer = "sdg"
-
-
-def share_of_steps(config, root):
-    config.sequential_start = 50_000.0
-
-
-def no_weights(config, root):
-    config.init_from = str(root / "ckpt")
-
-
-def other_weights(config, root):
-    config.model.resnet_width = 8
-
-
-def nothing_to_evaluate(config, root):
-    config.mode, config.data.root = "train_and_eval", str(root / "val")
-
-
-@pytest.mark.parametrize(
-    "spoil, messages",
-    [
-        (batch_size, ["config.batch_size is 3; expected a multiple of 2 (1 devices x"]),
-        (no_root, ["nowhere: no such folder"]),
-        (empty_root, ["root of the davis source is empty"]),
-        (unknown_dataset, ['dataset is "kitti"; expected one of']),
-        (no_sources, ["config.sources is empty, or all weights are 0; expected"]),
-        (sources_of_weight_zero, ["config.sources is empty, or all weights are 0; expected"]),
-        (no_list, ["trainval.txt: no such list; there are: ", "train.txt"]),
-        (no_mask, ["synthetic-0000", "00003.png"]),
-        (no_frame, ["synthetic-0000", "00003"]),
-        (other_size, ["synthetic-0000/00002.png", "40 x 30", "40 x 56"]),
-        (shades, ["synthetic-0000/00002.png", "anti-aliased"]),
-        (negative_rate, ["config.learning_rate is -0.1; expected 0 or more"]),
-        (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
-        (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
-        (crop_size, ["crop_size = 32; expected 16 n + 1"]),
-        (unknown_optimizer, ['config.optimizer is "sdg"; expected one of', "adam"]),
-        (share_of_steps, ["config.sequential_start is 50000.0; expected a share"]),
-        (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
-        (other_weights, ["wrong shape", "backbone"]),
-        (nothing_to_evaluate, ["val: no such folder"]),
-    ],
-)
-def test_bad_input_is_found_before_the_first_step(
-    from_davis, tmp_path, monkeypatch, spoil, messages
-):
-    config, root = from_davis
-    spoil(config, root)
-    text = error_of(config, tmp_path / "out", monkeypatch)
-    for message in messages:
-        assert message in text
-    assert not (tmp_path / "out" / "checkpoints").exists()
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_folder_of_files_trains(from_davis, tmp_path):

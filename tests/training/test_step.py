@@ -25,7 +25,7 @@ from cfbi_jax.models.cfbi import CFBI, mask_padding
 from cfbi_jax.models.deeplab import DeepLab
 from cfbi_jax.models.ensembler import CollaborativeEnsembler
 from cfbi_jax.models.images import OFFICIAL_FORMAT, prepare
-from cfbi_jax.models.layers import resize, resize_labels
+from cfbi_jax.models.resizing import resize, resize_labels
 from cfbi_jax.training.losses import bootstrapped_cross_entropy, mining_ratio
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import (
