@@ -27,6 +27,15 @@ def _quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", not golden)
 
 
+@pytest.fixture
+def exact_products():
+    """Layers that are tried alone multiply as in the network: on GPUs not in TF32."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def pytest_unconfigure():
     if _cache is not None:
         _cache.cleanup()

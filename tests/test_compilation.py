@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
 from small import small_network
 from tiny import batch_of, random_clips
 
@@ -18,6 +18,7 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
 from cfbi_jax.inference.state import state_shapes
 from cfbi_jax.memory import Chunks
+from cfbi_jax.models import matching, matching_kernel
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step
@@ -95,6 +96,29 @@ def test_a_video_is_ready_for_gpus(on_a_gpu, dtype):
         chunks=Chunks(),
     )
     assert rows.shape == size and probabilities.shape == (3, *size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_kernel_of_global_matching_is_ready_for_gpus(on_a_gpu, monkeypatch, dtype):
+    """It becomes one program of Triton, and the gradient needs no other product."""
+    blocks = matching_kernel.blocks_for(dtype, 100, 227)
+    monkeypatch.setattr(matching, "blocks_here", lambda *_: blocks)
+    shape = jax.ShapeDtypeStruct
+    arrays = shape((300, 100), dtype), shape((700, 100), dtype), shape((700,), np.uint8)
+
+    def gradients(query, reference, label):
+        def total(query, reference):
+            return matching.nearest_squared_distance(query, reference, label, 3).sum()
+
+        return jax.grad(total, (0, 1))(query, reference)
+
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")  # newer versions of JAX have to know it
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        lowered = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert re.findall(r"custom_call @(\S+?)\(", text) == ["__gpu$xla.gpu.triton"]
+    assert "stablehlo.dot_general" not in text
+    assert [x.shape for x in lowered.out_info] == [(300, 100), (700, 100)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 
 NOBODY = 255  # the label of pixels that are neither object nor background: ignored in the loss
+
+# What red, green and blue add to a grey picture (ITU-R BT.601).
+_LUMA = np.array([0.299, 0.587, 0.114])
 
 # Bicubic interpolation reads two pixels beyond a position; one more for rounding.
 _CUBIC_REACH = 3
@@ -89,6 +92,25 @@ def view_label(label: UInt8[np.ndarray, "h w"], view: View) -> UInt8[np.ndarray,
     rows = _nearest(view.top, view.side, label.shape[0], view.size[0])
     columns = _nearest(view.left, view.side, label.shape[1], view.size[1])
     return label[rows][:, columns[::-1] if view.mirrored else columns]
+
+
+def choose_colours(rng: np.random.Generator, strength: float) -> Float[np.ndarray, "3 4"]:
+    """A random change of colours, RGB -> RGB: a matrix and what is added.
+
+    The gain of every channel, saturation, brightness, and contrast around the middle grey are six
+    factors from 1 - `strength` to 1 + `strength`.
+    """
+    *gains, saturation, brightness, contrast = rng.uniform(1 - strength, 1 + strength, 6)
+    saturated = saturation * np.eye(3) + (1 - saturation) * _LUMA
+    matrix = contrast * brightness * np.array(gains)[:, None] * saturated
+    return np.column_stack([matrix, np.full(3, 127.5 * (1 - contrast))])
+
+
+def change_colours(
+    frame: UInt8[np.ndarray, "h w 3"], colours: Float[np.ndarray, "3 4"]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The frame in other colours, to within one, and cut off at 0 and 255."""
+    return cv2.transform(frame, colours)
 
 
 def objects_above(

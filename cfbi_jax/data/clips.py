@@ -61,6 +61,8 @@ class ClipOptions:
       short_edge: short edge of the scaled frames, in pixels, at scale 1.
       min_scale, max_scale: range of the scale.
       balanced_crop: whether windows are drawn again until the reference shows an object.
+      colour_jitter: how far the colours of a clip, the same in all its frames, are from the video's
+        (`augment.choose_colours`); 0: they are the video's, as in the paper.
       max_objects: a clip has at most this many; others become background.
       crop_tries: windows drawn in all for a balanced crop.
       min_object_pixels: an object is kept if it has more pixels in the reference of the clip.
@@ -80,6 +82,7 @@ class ClipOptions:
     min_scale: float = 1.0
     max_scale: float = 1.3
     balanced_crop: bool = True
+    colour_jitter: float = 0.0
     max_objects: int = 5
     crop_tries: int = 5
     min_object_pixels: int = 100
@@ -96,6 +99,8 @@ class ClipOptions:
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} = {getattr(self, name)}; expected {limit} or more")
+        if not 0 <= self.colour_jitter < 1:
+            raise ValueError(f"colour_jitter = {self.colour_jitter}; expected 0 or more, below 1")
         if self.max_objects > 254:
             raise ValueError(f"max_objects = {self.max_objects}; expected at most 254, as ids go")
         if self.crop_size % 16 != 1 or self.crop_size < 17:
@@ -166,9 +171,13 @@ def sample_clip(video: TrainingVideo, rng: np.random.Generator, options: ClipOpt
                 f"{video.name}: frame {t} has size {sizes[0]} and its mask {sizes[1]}; expected"
                 f" {reference.shape} as the mask of frame {times[0]}"
             )
+    frames = [augment.view_frame(frame(t), view) for t in times]
+    if options.colour_jitter:
+        colours = augment.choose_colours(rng, options.colour_jitter)
+        frames = [augment.change_colours(x, colours) for x in frames]
     return Clip(
         name=video.name,
-        frames=np.stack([augment.view_frame(frame(t), view) for t in times]),
+        frames=np.stack(frames),
         # What the view of the reference does not show becomes background in all frames, objects
         # that are unknown to the whole reference included.
         labels=augment.renumber(

@@ -4,6 +4,9 @@ Every per-object tensor has `1 + K` *rows*: row 0 is the background, rows 1..K a
 batch pads K, so functions take `num_objects [b]` and padded rows reach no minimum of a real row.
 A label map holds the row of every pixel; a value that is no row (255) belongs to nobody.
 
+Called alone, these functions multiply with JAX's default precision, which on GPUs is TF32 for
+float32; the network asks for the highest.
+
 Distances: `d = |p - q|^2`, and `D = 2 * (sigmoid(d + bias) - 1/2)` is eq. 1. D grows with d, so all
 minima are taken over d and the bias and the sigmoid are applied to the minimum.
 """
@@ -18,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from cfbi_jax.models.matching_kernel import blocks_here, nearest_in_tiles
 from cfbi_jax.models.resizing import resize, resize_labels
 
 FAR = 5e4  # squared distance that stands for "no such pixel"; below float16's largest number
@@ -25,7 +29,8 @@ NOBODY = 255  # label of pixels that match nothing
 
 # Chunks of the global distance matrix. One chunk is all of it that ever exists, so they bound the
 # memory. On CPUs these sizes were the fastest of those tried, on 2 cores. Elsewhere every chunk
-# costs several launches, so there are few and large ones (128 MiB in float32): not measured yet.
+# costs several launches, so there are few and large ones (128 MiB in float32). On most NVIDIA GPUs
+# `matching_kernel` takes their place.
 QUERY_CHUNK, REFERENCE_TILE = 2048, 512
 LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE = 16_384, 2048
 # Width of the strips in which local matching correlates rows of pixels.
@@ -115,7 +120,13 @@ def nearest_squared_distance(
     The gradient flows to the nearest pixel alone, so the backward pass needs its index and no
     distance; of pixels at the same distance the first gets it.
     """
-    tiles = _tiles_by_row(reference, label, num_rows)
+    if blocks := blocks_here(query.dtype, query.shape[1]):
+        tiles, bounds = _tiles_by_row(reference, label, num_rows, blocks.pixels)
+        arrays = query, _squared_norm(query), tiles.pixels, tiles.norms, bounds
+        nearest, _ = nearest_in_tiles(*arrays, FAR, blocks)
+        return nearest.T
+
+    tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
 
     def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
         def one_tile(nearest, tile):
@@ -131,7 +142,14 @@ def nearest_squared_distance(
 
 def _nearest_forward(query, reference, label, num_rows):
     """The same, and the index of the nearest pixel (-1 where a row has none)."""
-    tiles = _tiles_by_row(reference, label, num_rows)
+    if blocks := blocks_here(query.dtype, query.shape[1]):
+        tiles, bounds = _tiles_by_row(reference, label, num_rows, blocks.pixels)
+        arrays = query, _squared_norm(query), tiles.pixels, tiles.norms, bounds
+        nearest, slot = nearest_in_tiles(*arrays, FAR, blocks, with_slot=True)
+        index = jnp.where(slot < 0, -1, tiles.source.reshape(-1)[slot])
+        return nearest.T, (query, reference, label, index.T)
+
+    tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
 
     def one_chunk(query):
         def one_tile(carry, tile):
@@ -177,6 +195,10 @@ def _nearest_backward(num_rows, residuals, gradient):
 nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
 
 
+def _tile_size(reference: Float[Array, "p c"]) -> int:
+    return min(_chunk_sizes()[1], reference.shape[0])
+
+
 def _chunk_sizes() -> tuple[int, int]:
     """Query pixels and reference pixels of a chunk of the distance matrix."""
     if jax.default_backend() == "cpu":
@@ -189,7 +211,7 @@ def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
     query_norm = _squared_norm(query)[:, None]
 
     def distances(tile: "_Tiles"):
-        product = jnp.einsum("qc,pc->qp", query, tile.pixels)
+        product = _rounded(jnp.einsum("qc,pc->qp", query, tile.pixels))
         return _rounded(query_norm + tile.norms) - 2 * product
 
     return distances
@@ -216,11 +238,10 @@ class _Tiles(NamedTuple):
 
 
 def _tiles_by_row(
-    reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
-) -> _Tiles:
-    """Sorts pixels into tiles of one row each."""
+    reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int, tile: int
+) -> tuple[_Tiles, Int[Array, " bounds"]]:
+    """Sorts pixels into tiles of one row each: row i has tiles bounds[i] to bounds[i + 1] - 1."""
     num_pixels = reference.shape[0]
-    tile = min(_chunk_sizes()[1], num_pixels)
     num_tiles = num_pixels // tile + num_rows  # enough for any labels
 
     row = jnp.where(label < num_rows, label, num_rows).astype(jnp.int32)
@@ -241,8 +262,9 @@ def _tiles_by_row(
     last_tile = jnp.cumsum(tiles_of_row)
     tile_row = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right")
     tile_row = jnp.minimum(tile_row, num_rows - 1)  # tiles left over are empty: any row will do
-    shape = (num_tiles, tile)
-    return _Tiles(pixels.reshape(*shape, -1), norms.reshape(shape), source.reshape(shape), tile_row)
+    bounds = jnp.append(0, last_tile)
+    tiled = (x.reshape(num_tiles, tile, *x.shape[1:]) for x in (pixels, norms, source))
+    return _Tiles(*tiled, tile_row), bounds
 
 
 # ----------------------------------------------------------------------------------------- local
@@ -324,7 +346,7 @@ def windowed_squared_distance(
         def row_at(x):
             return jax.lax.dynamic_slice_in_dim(x, dy + reach, height)
 
-        product = jnp.einsum("yscd,ysvd->yscv", query, row_at(previous)[:, columns])
+        product = _rounded(jnp.einsum("yscd,ysvd->yscv", query, row_at(previous)[:, columns]))
         product = _diagonals(product, strip)[..., ::atrous_rate]
         squared = _rounded(query_norm + row_at(norm)[:, band]) - 2 * product
         band_label = row_at(label)[:, band]

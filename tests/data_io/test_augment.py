@@ -198,3 +198,35 @@ def test_renumber():
     np.testing.assert_array_equal(new, [[[0, 0, 1], [0, 2, 255]]])
     assert new.dtype == np.uint8
     np.testing.assert_array_equal(augment.renumber(label, []), [[[0, 0, 0], [0, 0, 255]]])
+
+
+# ---- Colours ----
+
+
+def test_colours_are_changed_by_a_matrix():
+    frame = a_picture(9, 11)
+    colours = augment.choose_colours(np.random.default_rng(9), 0.4)
+    exact = frame @ colours[:, :3].T + colours[:, 3]
+    changed = augment.change_colours(frame, colours)
+    assert changed.dtype == np.uint8 and exact.min() < 0 and exact.max() > 255  # both are cut off
+    # OpenCV's factors have ten bits after the point: three of them, times 255, are off by 0.4.
+    assert np.abs(changed - np.clip(exact, 0, 255)).max() <= 0.9
+    same = augment.choose_colours(np.random.default_rng(3), 0.0)
+    np.testing.assert_array_equal(augment.change_colours(frame, same), frame)
+
+
+def test_colours_are_six_factors_in_their_range():
+    """Read off the matrix: contrast from what is added, saturation and gains from its columns."""
+    luma, found = np.array([0.299, 0.587, 0.114]), []
+    for seed in range(300):
+        colours = augment.choose_colours(np.random.default_rng(seed), 0.3)
+        matrix, contrast = colours[:, :3], 1 - colours[:, 3] / 127.5  # [3, 3], [3]
+        np.testing.assert_allclose(colours[:, 3], colours[0, 3])
+        gains = matrix.sum(axis=1)  # what grey becomes: gain x brightness x contrast
+        saturation = (matrix / gains[:, None] - luma)[[0, 1, 2], [0, 1, 2]] / (1 - luma)
+        np.testing.assert_allclose(saturation, saturation[0])
+        found.append([contrast[0], saturation[0]])
+        assert (gains > contrast[0] * 0.7**2).all() and (gains < contrast[0] * 1.3**2).all()
+    found = np.array(found)
+    assert (np.abs(found.min(axis=0) - 0.7) < 0.01).all()
+    assert (np.abs(found.max(axis=0) - 1.3) < 0.01).all()

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from cfbi_jax.data import clips
+from cfbi_jax.data import augment, clips
 
 SMALL = dict(crop_size=33, short_edge=33, min_scale=1.0, max_scale=1.0, min_object_pixels=20)
 
@@ -257,6 +257,24 @@ def test_shapes_names_and_determinism():
     assert (one.labels != other.labels).any()
 
 
+def test_colours_change_in_all_frames_alike_and_nothing_else_does(monkeypatch):
+    video, drawn = FakeVideo(with_object(12)), []
+    choose = augment.choose_colours
+
+    def seen(rng, strength):
+        assert strength == 0.3
+        drawn.append(choose(rng, strength))
+        return drawn[-1]
+
+    monkeypatch.setattr(augment, "choose_colours", seen)
+    plain, coloured = draw(video, 9), draw(video, 9, colour_jitter=0.3)
+    assert len(drawn) == 9  # one change for a clip
+    for one, other, colours in zip(plain, coloured, drawn, strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+        for frame, changed in zip(one.frames, other.frames, strict=True):
+            np.testing.assert_array_equal(changed, augment.change_colours(frame, colours))
+
+
 def test_nothing_is_read_twice_and_few_masks_in_all():
     for seed in range(30):
         video = FakeVideo(with_object(250))
@@ -326,6 +344,7 @@ def test_defaults_are_those_of_the_paper():
         min_scale=1.0,
         max_scale=1.3,
         balanced_crop=True,
+        colour_jitter=0.0,
         max_objects=5,
         crop_tries=5,
         min_object_pixels=100,
@@ -349,6 +368,8 @@ def test_defaults_are_those_of_the_paper():
         (dict(max_gap=0), "max_gap = 0"),
         (dict(max_objects=0), "max_objects = 0"),
         (dict(max_objects=255), "at most 254"),
+        (dict(colour_jitter=-0.1), "colour_jitter = -0.1; expected 0 or more, below 1"),
+        (dict(colour_jitter=1.0), "colour_jitter = 1.0"),
         (dict(crop_tries=0), "crop_tries = 0"),
         (dict(reference_tries=0), "reference_tries = 0"),
         (dict(consistency_tries=-1), "consistency_tries = -1; expected 0 or more"),

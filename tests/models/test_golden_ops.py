@@ -18,6 +18,9 @@ from cfbi_jax.models import (
 from cfbi_jax.models.cfbi import MatchingFeature, augment_background
 from cfbi_jax.weights.official import convert_state_dict
 
+# On GPUs, as in the network: no TF32.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 OPS = recipe.golden("ops")
 MAPS = 5e-5
 

@@ -10,6 +10,9 @@ from scipy.signal import correlate
 
 from cfbi_jax.models import convolutions, images, layers, resizing
 
+# On GPUs, as in the network: no TF32.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def random(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)

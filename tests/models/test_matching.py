@@ -7,9 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfbi_jax.models import matching
+from cfbi_jax.models import matching, matching_kernel
+from cfbi_jax.models.matching_kernel import Blocks
 
 FAR = 5e4
+
+# On GPUs, as in the network: no TF32.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.fixture(params=["chunks", "kernel"])
+def small_parts(request, monkeypatch):
+    """Tiles of 7 or 8 and chunks of 13 or 16 pixels; `kernel`: the GPUs' kernel, interpreted where
+    there is no GPU (whose own blocks are larger)."""
+    if request.param == "chunks":
+        monkeypatch.setattr(matching, "blocks_here", lambda *_: None)
+        monkeypatch.setattr(matching, "REFERENCE_TILE", 7)
+        monkeypatch.setattr(matching, "QUERY_CHUNK", 13)
+    elif jax.default_backend() == "cpu":
+        monkeypatch.setattr(matching, "blocks_here", lambda *_: Blocks(16, 8, 2))
 
 
 def distance(squared, bias):
@@ -72,6 +88,7 @@ LOCAL_SHAPES = [
     (5, 9, 3, (4, 2), 2),
 ]
 global_matching = jax.jit(matching.global_matching)
+by_the_kernel = jax.jit(lambda *arrays: matching.global_matching(*arrays))
 local_matching = jax.jit(
     matching.local_matching, static_argnames=("windows", "downsample", "atrous_rate")
 )
@@ -85,10 +102,19 @@ def test_global_matching(seed, shape):
     np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
 
 
-def test_global_matching_over_several_tiles_and_chunks(monkeypatch):
-    """Sizes that divide nothing, with tiles of 7 and chunks of 13 pixels."""
-    monkeypatch.setattr(matching, "REFERENCE_TILE", 7)
-    monkeypatch.setattr(matching, "QUERY_CHUNK", 13)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(SHAPES))
+def test_the_kernel(seed, shape):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "blocks_here", lambda *_: Blocks(16, 16, 2))
+        query, reference, label, bias = random_case(seed, *shape)
+        arrays = *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
+        found = by_the_kernel(*arrays)
+    np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
+
+
+def test_global_matching_over_several_tiles_and_chunks(small_parts):
+    """Sizes that divide nothing."""
     query, reference, label, bias = random_case(0, 9, 11, 4, 4, references=2)
     label[label == 2] = 0  # an absent object between present ones
     found = matching.global_matching(*f32(query, reference, label), jnp.asarray(bias, jnp.float32))
@@ -96,7 +122,7 @@ def test_global_matching_over_several_tiles_and_chunks(monkeypatch):
     np.testing.assert_array_equal(found[0, ..., 2], 1)
 
 
-def test_global_matching_of_ties_and_of_a_batch():
+def test_global_matching_of_ties_and_of_a_batch(small_parts):
     query, reference, label, bias = random_case(1, 5, 6, 3, 3)
     reference[:] = reference[0, 0, 0]  # every reference pixel is the same
     twice = [jnp.concatenate([a, a[:, :, ::-1]]) for a in f32(query)]
@@ -105,6 +131,58 @@ def test_global_matching_of_ties_and_of_a_batch():
     expected = slow_global(query, reference, label, bias)
     np.testing.assert_allclose(found[0], expected, atol=2e-6)
     np.testing.assert_allclose(found[1], expected[:, ::-1], atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_kernel_rounds_half_precision_as_the_chunks_do(monkeypatch, dtype):
+    """Eighths, the sums of whose products are exact in any order: what differs from the exact
+    distances are norms, products and distances in half precision."""
+    rng = np.random.default_rng(0)
+    query, reference = jnp.asarray(rng.integers(0, 9, (2, 70, 60)) / 8, dtype)
+    label = jnp.asarray(rng.integers(0, 3, 70), jnp.uint8)
+    found = {}
+    for name, blocks in (("chunks", None), ("kernel", Blocks(16, 16, 2))):
+        monkeypatch.setattr(matching, "blocks_here", lambda *_, blocks=blocks: blocks)
+        found[name] = matching.nearest_squared_distance(query, reference, label, 3)
+        assert found[name].dtype == dtype
+    np.testing.assert_array_equal(found["kernel"], found["chunks"])
+    exact = np.square(np.float64(query)[:, None] - np.float64(reference)).sum(axis=-1)
+    exact = np.stack([exact[:, label == row].min(axis=1) for row in range(3)], axis=1)
+    assert (np.float64(found["kernel"]) != exact).any()
+
+
+def test_the_kernel_is_as_exact_as_float32():
+    """Its products are made of bfloat16 numbers; their sum over 100 channels is rounded about as
+    often as one in float32."""
+    rng = np.random.default_rng(0)
+    query, reference = np.maximum(rng.standard_normal((2, 200, 100)), 0).astype(np.float32)
+    exact = np.square(query[:, None].astype(float) - reference).sum(axis=-1).min(axis=1)
+    size = np.square(query).sum(axis=-1).max() + np.square(reference).sum(axis=-1).max()
+    arrays = *map(jnp.asarray, (query, reference)), jnp.zeros(200, jnp.uint8)
+    found = {}
+    for name, blocks in (("chunks", None), ("kernel", Blocks(16, 16, 2))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matching, "blocks_here", lambda *_, blocks=blocks: blocks)
+            nearest = matching.nearest_squared_distance(*arrays, 1)[:, 0]
+        found[name] = np.abs(nearest - exact).max() / size / np.finfo(np.float32).eps
+    assert found["kernel"] < 2 and found["chunks"] < 2
+
+
+def test_tiles_of_another_size_than_the_kernels_are_refused():
+    pixels = jnp.zeros((3, 8, 4))
+    arrays = jnp.zeros((5, 4)), jnp.zeros(5), pixels, pixels[..., 0], jnp.array([0, 3])
+    with pytest.raises(ValueError, match="tiles have 8 pixels; expected 16"):
+        matching_kernel.nearest_in_tiles(*arrays, FAR, Blocks(16, 16, 2))
+
+
+@pytest.mark.parametrize("shared_kib", sorted(set(matching_kernel.SHARED_KIB.values())))
+@pytest.mark.parametrize("dtype, pieces", [("float32", 3), ("bfloat16", 1)])
+def test_blocks_fit_into_shared_memory(shared_kib, dtype, pieces):
+    for channels, depth in ((1, 16), (64, 64), (100, 128), (256, 256)):
+        queries, pixels, stages = matching_kernel.blocks_for(dtype, channels, shared_kib)
+        assert pieces * depth * 2 * (queries + stages * pixels) <= shared_kib * 1024
+    assert matching_kernel.blocks_for(dtype, 100, 227)[:2] == (128, 64)
+    assert matching_kernel.blocks_for(dtype, 2048, shared_kib) is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -196,11 +274,7 @@ def value_and_gradients(fn):
     return run
 
 
-# Under names of their own: what is traced depends on the size of the tiles.
 nearest_and_gradients = jax.jit(value_and_gradients(matching.nearest_squared_distance))
-tiled_nearest_and_gradients = jax.jit(
-    value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
-)
 slow_nearest_and_gradients = jax.jit(value_and_gradients(full_matrix))
 
 
@@ -243,16 +317,20 @@ def test_gradient_of_the_nearest_pixel(seed, shape, empty_row):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradient_of_the_nearest_pixel_over_several_tiles_and_chunks(monkeypatch, seed):
-    monkeypatch.setattr(matching, "REFERENCE_TILE", 4)
-    monkeypatch.setattr(matching, "QUERY_CHUNK", 7)
-    check_nearest(tiled_nearest_and_gradients, seed, (24, 45, 3, 4), empty_row=seed > 0)
+def test_gradient_of_the_nearest_pixel_over_several_tiles_and_chunks(small_parts, seed):
+    # A new function, as what is traced depends on the parts.
+    found = jax.jit(value_and_gradients(lambda *x: matching.nearest_squared_distance(*x)))
+    check_nearest(found, seed, (24, 45, 3, 4), empty_row=seed > 0)
 
 
+@pytest.mark.parametrize("blocks", [None, Blocks(16, 16, 2), Blocks(16, 2, 2)])
 @pytest.mark.parametrize("tile", [512, 2])
-def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch, tile):
+def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch, tile, blocks):
     """Integers, so that distances are exact. JAX's own `min` would share it out."""
+    if blocks and jax.default_backend() != "cpu":
+        pytest.skip("blocks that no GPU takes")
     monkeypatch.setattr(matching, "REFERENCE_TILE", tile)
+    monkeypatch.setattr(matching, "blocks_here", lambda *_: blocks)
     query = jnp.array([[0.0, 0.0], [4.0, 0.0]])
     #                        row 1, far   row 0      row 1      row 1       row 1      row 0
     reference = jnp.array([[-3.0, 0], [0.0, 5.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 5.0]])
