@@ -7,7 +7,8 @@
 Every DAVIS video comes 30 times in an epoch: 1,800 clips beside 3,471. Evaluates on DAVIS 2017
 validation.
 
-Cost: not measured on a GPU. Result: paper, J&F on DAVIS 2017 validation 81.9; not reproduced yet.
+Cost: not measured whole; a step as in `configs/davis.py`. Result: paper, J&F on DAVIS 2017
+validation 81.9; not reproduced yet.
 """
 
 from cfbi_jax.config import source

@@ -18,8 +18,8 @@ The network sees every fifth frame, as the data set has them; `--config.data.all
 through all of them, which gives other scores. Multi-scale and flip as in the paper:
 `--config.inference.scales="(1.0, 1.15, 1.3, 1.5)" --config.inference.flip=True`.
 
-Cost: not measured on a GPU. Result: paper, YouTube-VOS 2018 validation 81.4, multi-scale 82.7; not
-reproduced yet.
+Cost: not measured whole; a step as in `configs/davis.py`. Result: paper, YouTube-VOS 2018
+validation 81.4, multi-scale 82.7; not reproduced yet.
 """
 
 from cfbi_jax.config import default_config, source

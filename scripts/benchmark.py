@@ -113,6 +113,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--convolutions", action=on_off, default=True, help="also time each convolution alone"
     )
+    command.add_argument(
+        "--stages", action=on_off, default=True, help="no: whole videos alone, which compiles less"
+    )
     add_comparisons(command, default=False)
     command.set_defaults(backward=False)
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cfbi_jax.models.matching_kernel import Blocks
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 SPREAD = {"median", "min", "max", "runs"}
 
@@ -65,6 +67,26 @@ def test_match_compares_with_plain_versions(benchmark, run):
         assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
         assert (row["name"] == "ours") != ("times_ours" in row)
         assert row["share_of_limit"] > 0
+
+
+def test_match_compares_the_kernel_with_xla(benchmark, run, monkeypatch):
+    """On GPUs; here the kernel is interpreted. It is in the one and not in the other."""
+    blocks, made = benchmark.match.matching.blocks_here, []
+
+    def small(dtype, channels):
+        assert blocks(dtype, channels) is None  # no GPU here
+        made.append(dtype)
+        return Blocks(64, 32, 2)
+
+    monkeypatch.setattr(benchmark.match.matching, "blocks_here", small)
+    command = "match", "--size", "49x65", "--model", "quickstart", "--no-torch"
+    figures = run(*command, "--no-straightforward", "--matching-dtype", "bfloat16")
+    assert names(figures, "global matching") == ["ours", "ours without the kernel"]
+    ours, without = (row for row in figures["rows"] if row["section"] == "global matching")
+    ratio = without["seconds"]["median"] / ours["seconds"]["median"]
+    assert without["times_ours"] == pytest.approx(ratio)
+    # Asked for once by the benchmark, then by what it traces: ours, and ours in float32.
+    assert [str(jnp.dtype(dtype)) for dtype in made] == ["bfloat16", "bfloat16", "float32"]
 
 
 @pytest.mark.parametrize("name", ["global_matching", "local_matching"])
@@ -160,6 +182,11 @@ def test_infer(run):
     assert per_frame["compile_seconds"] > 0 and per_frame["frames_per_second"] > 0
     assert files["frames_per_second"] > 0
     assert figures["machine"]["peak_memory"]["host_mib"] > 0
+
+
+def test_infer_of_whole_videos_alone(run):
+    figures = run("infer", "--size", "33x49", "--model", "quickstart", "--no-stages")
+    assert {row["section"] for row in figures["rows"]} == {"whole videos"}
 
 
 def test_a_stage_is_not_its_convolutions_alone(benchmark):

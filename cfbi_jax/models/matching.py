@@ -58,6 +58,8 @@ def _map_batch(fn: Callable, *arrays: Array) -> Array:
 def _rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` rounded to its own type: XLA otherwise keeps half-precision intermediates in float32,
     and a distance is a difference of large numbers, so labels would depend on the compiler."""
+    if x.dtype == jnp.float32:
+        return x
     info = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 

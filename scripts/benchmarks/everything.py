@@ -24,9 +24,11 @@ def settings(small: bool) -> dict[str, list[str]]:
     for model, size, count, dtype in itertools.product(models, sizes, objects, dtypes):
         name = f"infer-{model}-{size}-{count}-{dtype}"
         found[name] = ["infer", "--model", model, "--size", size, "--objects", str(count)]
-        found[name] += ["--dtype", dtype, "--no-convolutions"]
+        found[name] += ["--dtype", dtype, "--no-stages"]
     common = ["--model", models[0], "--size", sizes[0]]
-    found["stages"] = ["infer", *common, "--torch", "--straightforward"]
+    for dtype in dtypes:
+        found[f"stages-{dtype}"] = ["infer", *common, "--dtype", dtype]
+    found["stages-float32"] += ["--torch", "--straightforward"]
     found["match"] = ["match", *common, "--objects", "5", "--sweep", "--backward"]
     found["plan"] = ["plan", *common, "--objects", "5", "--measure"]
     large = sizes[-1] if small else "2160x3840"

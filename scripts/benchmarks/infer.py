@@ -47,11 +47,13 @@ def infer(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
     limits = measure_limits(["float32", arguments.dtype, arguments.matching_dtype], arguments.runs)
     variables = jax.device_put(random_variables(model))
     stages = Stages(arguments.runs, limits)
-    time_stages(stages, model, variables, label, arguments.references)
     rows = stages.rows
-    if arguments.convolutions:
+    if arguments.stages:
+        time_stages(stages, model, variables, label, arguments.references)
+    if arguments.stages and arguments.convolutions:
         rows += stages.convolution_rows()
-    if arguments.torch and model.backbone == "resnet101" and arguments.dtype == "float32":
+    of_torch = arguments.torch and arguments.stages
+    if of_torch and model.backbone == "resnet101" and arguments.dtype == "float32":
         rows.append(torch_backbone_row(arguments, model, variables, rows))
     if arguments.straightforward or arguments.torch:
         rows += global_rows(arguments, model, limits, arguments.objects, arguments.references)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,8 @@ def global_rows(
     figures = dict(objects=objects, references=references)
     row = partial(_stage_row, arguments, limits, "global matching", flops, figures, inputs)
     rows = row(our_global, plain_global, torch_global)
+    if matching.blocks_here(arguments.matching_dtype, model.embedding_dim):
+        rows.insert(1, _without_kernel_row(arguments, inputs, rows[0], figures))
     if arguments.straightforward:
         rows.insert(1, _product_row(arguments, limits, inputs, flops, rows[0], figures))
     return rows
@@ -245,6 +248,21 @@ def _torch_times(section, in_torch, inputs: Inputs, dtype, exact, runs: int) -> 
 
     check_same(f"{section} in torch", exact, call("float32").cpu())
     return time_runs(lambda: call(dtype), runs)
+
+
+def _without_kernel_row(
+    arguments: argparse.Namespace, inputs: Inputs, ours: Row, figures: dict
+) -> Row:
+    """What GPUs do where the kernel is not for them."""
+    on_device = jax.device_put(inputs)
+    exact = compile_program(partial(our_global, dtype="float32"), on_device).call(on_device)
+    with mock.patch.object(matching, "blocks_here", lambda *_: None):
+        in_float32 = compile_program(partial(our_global, dtype="float32"), on_device)
+        program = compile_program(partial(our_global, dtype=arguments.matching_dtype), on_device)
+    check_same("global matching without the kernel", exact, in_float32.call(on_device))
+    times = time_call(program.call, on_device, runs=arguments.runs)
+    figures = figures | {"times_ours": times.median / ours["seconds"]["median"]}
+    return make_row("global matching", "ours without the kernel", times, program, **figures)
 
 
 def _product_row(
