@@ -20,11 +20,12 @@ from small import random_variables, small_network
 from tiny import QUICK, SIZE, batch_of, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.compilation import compiler_options
-from cfbi_jax.models import cfbi
+from cfbi_jax.models import cfbi, matching
 from cfbi_jax.models.cfbi import CFBI, mask_padding
 from cfbi_jax.models.deeplab import DeepLab
 from cfbi_jax.models.ensembler import CollaborativeEnsembler
 from cfbi_jax.models.images import OFFICIAL_FORMAT, prepare
+from cfbi_jax.models.matching_kernel import Blocks
 from cfbi_jax.models.resizing import resize, resize_labels
 from cfbi_jax.training.losses import bootstrapped_cross_entropy, mining_ratio
 from cfbi_jax.training.schedule import optimizer
@@ -432,6 +433,28 @@ def test_ways_to_save_memory_change_nothing(train_steps, after_one_step, variabl
     assert_close_trees(metrics, expected_metrics, 1e-4)
     assert_same_masks(prediction, expected_prediction)
     assert prediction.shape == (4, 1, *SIZE)
+
+
+def test_the_kernel_of_global_matching_changes_nothing(
+    monkeypatch, variables, step_clips, after_one_step
+):
+    """Interpreted, in the step with its gradient, over the clips of a batch and in `shard_map`."""
+    asked = []
+
+    def blocks_here(dtype, channels):
+        asked.append((jnp.dtype(dtype).name, channels))
+        return Blocks(16, 16, 2)
+
+    monkeypatch.setattr(matching, "blocks_here", blocks_here)
+    options = StepOptions(MAX_OBJECTS, SEQUENTIAL, MINING, ema_decay=0.15)
+    step = make_train_step(tiny_model(), OFFICIAL_FORMAT, TX, options, MESH)
+    state, batch = new_state(variables, ema=True), batch_of(step_clips, MAX_OBJECTS)
+    program = step.lower(state, batch).compile(compiler_options=QUICK)
+    state, metrics, prediction = program(state, batch)
+    assert ("float32", tiny_model().embedding_dim) in asked
+    assert_close_trees(state.optimizer, after_one_step[0].optimizer)
+    assert_close_trees(metrics, after_one_step[1], 1e-4)
+    assert_same_masks(prediction, after_one_step[2])
 
 
 def test_a_frozen_backbone_has_no_gradient(train_steps, after_one_step, variables):
