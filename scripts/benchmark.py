@@ -175,6 +175,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
         if name in given and given[name] not in expected:
             flag = name.replace("_", "-")
             raise ValueError(f'--{flag} is "{given[name]}"; expected one of {", ".join(expected)}')
+    if not given.get("stages", True) and (arguments.torch or arguments.straightforward):
+        raise ValueError("--no-stages: whole videos alone; expected no --torch, --straightforward")
     if "size" in given:
         arguments.size = parse_size(given["size"])
     if "torch" in given:

@@ -63,8 +63,10 @@ def test_barriers_last_on_cpus():
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """What depends on the kind of device is chosen as for GPUs."""
+    """What depends on the kind of device is chosen as for GPUs; matching as for those that the
+    kernel is not for."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(matching, "blocks_here", lambda *_: None)
 
 
 def check_for_gpus(jitted, *arguments, **static):
@@ -100,25 +102,31 @@ def test_a_video_is_ready_for_gpus(on_a_gpu, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_kernel_of_global_matching_is_ready_for_gpus(on_a_gpu, monkeypatch, dtype):
-    """It becomes one program of Triton, and the gradient needs no other product."""
+    """It becomes one program of Triton, as long for many rows as for few, and the gradient needs no
+    other product."""
     blocks = matching_kernel.blocks_for(dtype, 100, 227)
     monkeypatch.setattr(matching, "blocks_here", lambda *_: blocks)
     shape = jax.ShapeDtypeStruct
     arrays = shape((300, 100), dtype), shape((700, 100), dtype), shape((700,), np.uint8)
 
-    def gradients(query, reference, label):
-        def total(query, reference):
-            return matching.nearest_squared_distance(query, reference, label, 3).sum()
+    def lowered(num_rows):
+        def gradients(query, reference, label):
+            def total(query, reference):
+                return matching.nearest_squared_distance(query, reference, label, num_rows).sum()
 
-        return jax.grad(total, (0, 1))(query, reference)
+            return jax.grad(total, (0, 1))(query, reference)
 
-    device = AbstractDevice("NVIDIA H200", 132, "gpu")  # newer versions of JAX have to know it
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        lowered = jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
-    assert re.findall(r"custom_call @(\S+?)\(", text) == ["__gpu$xla.gpu.triton"]
-    assert "stablehlo.dot_general" not in text
-    assert [x.shape for x in lowered.out_info] == [(300, 100), (700, 100)]
+        device = AbstractDevice("NVIDIA H200", 132, "gpu")  # newer versions of JAX have to know it
+        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            return jax.jit(gradients).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+    few, many = lowered(3), lowered(200)
+    assert [x.shape for x in few.out_info] == [(300, 100), (700, 100)]
+    few, many = few.as_text(), many.as_text()
+    for text in (few, many):
+        assert re.findall(r"custom_call @(\S+?)\(", text) == ["__gpu$xla.gpu.triton"]
+        assert "stablehlo.dot_general" not in text
+    assert len(many) < 1.1 * len(few)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

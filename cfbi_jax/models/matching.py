@@ -4,8 +4,8 @@ Every per-object tensor has `1 + K` *rows*: row 0 is the background, rows 1..K a
 batch pads K, so functions take `num_objects [b]` and padded rows reach no minimum of a real row.
 A label map holds the row of every pixel; a value that is no row (255) belongs to nobody.
 
-Called alone, these functions multiply with JAX's default precision, which on GPUs is TF32 for
-float32; the network asks for the highest.
+Called alone, local matching (and global matching where `matching_kernel` is not at work) multiplies
+with JAX's default precision, on GPUs TF32 for float32; the network asks for the highest.
 
 Distances: `d = |p - q|^2`, and `D = 2 * (sigmoid(d + bias) - 1/2)` is eq. 1. D grows with d, so all
 minima are taken over d and the bias and the sigmoid are applied to the minimum.

@@ -11,10 +11,12 @@ Tensor cores multiply 16-bit numbers. A float32 number is the sum of three bfloa
 nine products of two such sums the six largest are taken and added up in float32, the smallest
 first. What is left out is 2**-24 of the whole, as much as float32 rounds.
 
-Pallas' Triton back end is deprecated since JAX 0.11 (it works up to the versions that
-`pyproject.toml` allows); without it, `blocks_here` has to say None.
+The environment variable `CFBI_JAX_KERNEL=off` leaves the work to XLA. Pallas' Triton back end is
+deprecated since JAX 0.11 (it works up to the versions that `pyproject.toml` allows); without it,
+`blocks_here` has to say None.
 """
 
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -29,17 +31,19 @@ from jaxtyping import Array, Float, Int
 PRODUCTS = {1: [(0, 0)], 3: [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]}
 # 16-bit numbers that make up one number of a type.
 PIECES = {"float32": 3, "float16": 1, "bfloat16": 1}
-# KiB of shared memory that a program of the kernel may use, by the GPU's compute capability.
+# KiB of shared memory that a program may use, by the GPU's compute capability, and those that the
+# compiler may want beside the blocks (1 was seen).
 SHARED_KIB = {
     **{"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "9.0": 227},
     **{"10.0": 227, "10.3": 227, "12.0": 99, "12.1": 99},
 }
-
+RESERVED_KIB = 2
 
 # Query pixels of a program and reference pixels of a tile: powers of two, of those tried on an H200
 # the fastest first (docs/performance.md).
 SIZES = [(128, 64), (64, 64), (64, 32), (32, 16)]
 WARPS = 4
+SWITCH = "CFBI_JAX_KERNEL"
 
 
 class Blocks(NamedTuple):
@@ -56,17 +60,17 @@ def blocks_for(dtype: DTypeLike, channels: int, shared_kib: int) -> Blocks | Non
     stages = 2 if pieces == 3 else 3
     bytes_per_pixel = 2 * pieces * _depth(channels)
     for queries, pixels in SIZES:
-        if bytes_per_pixel * (queries + stages * pixels) <= shared_kib * 1024:
+        if bytes_per_pixel * (queries + stages * pixels) <= 1024 * (shared_kib - RESERVED_KIB):
             return Blocks(queries, pixels, stages)
     return None
 
 
 def blocks_here(dtype: DTypeLike, channels: int) -> Blocks | None:
-    """For the GPU at hand; None where there is none, or one that the kernel is not for."""
-    if jax.default_backend() != "gpu":
+    """For JAX's default device; None where it is no GPU, or one that the kernel is not for."""
+    if os.environ.get(SWITCH) == "off":
         return None
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
-    shared_kib = SHARED_KIB.get(capability)
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    shared_kib = SHARED_KIB.get(getattr(device, "compute_capability", None))
     return shared_kib and blocks_for(dtype, channels, shared_kib)
 
 
@@ -89,8 +93,9 @@ def nearest_in_tiles(
     and, `with_slot`, which of the `t n` pixels has it (the first of several; -1: none).
 
     Row i owns tiles `bounds[i]` to `bounds[i + 1] - 1`. `query_norm` and `norms` are squared
-    norms, the latter infinite where a tile is not full. Without a GPU the kernel is interpreted, to
-    test it.
+    norms, the latter infinite where a tile is not full. A pixel that is not finite has NaN for its
+    distances, so that a row with one has no other. Without a GPU the kernel is interpreted, to test
+    it.
 
     Raises ValueError where n is not `blocks.pixels`.
     """
@@ -131,7 +136,10 @@ def nearest_in_tiles(
         name="global_matching",
     )(bounds.astype(jnp.int32), query_norm, norms.reshape(-1), *queries, *references)
     nearest, *slot = (x[:, :num_queries] for x in outputs)
-    return nearest, slot[0] if slot else None
+    # A minimum on a GPU passes over NaN, which has to be seen where a training diverges.
+    bad_tiles = jnp.append(0, jnp.cumsum(~jnp.isfinite(pixels).all(axis=(1, 2))))[bounds]
+    bad = (bad_tiles[1:] > bad_tiles[:-1])[:, None] | ~jnp.isfinite(query).all(axis=1)
+    return jnp.where(bad, jnp.nan, nearest), slot[0] if slot else None
 
 
 def _pieces(x: Float[Array, "n c"]) -> list[Float[Array, "n c"]]:
@@ -172,7 +180,11 @@ def _kernel(bounds, query_norm, norms, *refs, num_rows, blocks, far, num_pieces)
     start = [jnp.full(blocks.queries, far, dtype)]
     if len(outputs) == 2:
         start.append(jnp.full(blocks.queries, -1, jnp.int32))
-    for row in range(num_rows):
+
+    def of_row(row, carry):  # a loop, as rows may be many and are not to be compiled one by one
         found = jax.lax.fori_loop(bounds[row], bounds[row + 1], of_tile, tuple(start))
         for output, x in zip(outputs, found, strict=True):
             output[row, :] = x
+        return carry
+
+    jax.lax.fori_loop(0, num_rows, of_row, 0)

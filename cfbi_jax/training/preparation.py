@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
+from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
@@ -165,9 +166,14 @@ def _quick(config: ConfigDict) -> ConfigDict:
 
 
 def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path) -> None:
-    """Raises ValueError if the run in `workdir` was started with another configuration."""
+    """Raises ValueError if the run in `workdir` was started with another configuration. A field
+    that is newer than the run has its default there."""
+    defaults = default_config().to_dict()
+    defaults["sources"] = {name: source().to_dict() for name in begun.get("sources") or {}}
+    stored = checkpoints.flatten(defaults) | checkpoints.flatten(begun)
     # Which videos there are is known later than the rest of `plain`.
-    different = checkpoints.contradictions({name: begun.get(name) for name in plain}, plain)
+    stored = {field: value for field, value in stored.items() if field.split(".")[0] in plain}
+    different = checkpoints.contradictions(stored, plain)
     if different:
         listing = "\n  ".join(different)
         raise ValueError(

@@ -50,10 +50,9 @@ def infer(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
     rows = stages.rows
     if arguments.stages:
         time_stages(stages, model, variables, label, arguments.references)
-    if arguments.stages and arguments.convolutions:
+    if arguments.convolutions:  # of the stages that there are
         rows += stages.convolution_rows()
-    of_torch = arguments.torch and arguments.stages
-    if of_torch and model.backbone == "resnet101" and arguments.dtype == "float32":
+    if arguments.torch and model.backbone == "resnet101" and arguments.dtype == "float32":
         rows.append(torch_backbone_row(arguments, model, variables, rows))
     if arguments.straightforward or arguments.torch:
         rows += global_rows(arguments, model, limits, arguments.objects, arguments.references)

@@ -122,6 +122,8 @@ def match(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
         *global_rows(arguments, model, limits, arguments.objects, arguments.references),
         *local_rows(arguments, model, limits, arguments.objects),
     ]
+    if matching.blocks_here(arguments.matching_dtype, model.embedding_dim):
+        rows.insert(1, without_kernel_row(arguments, model, limits, rows[0]))
     if arguments.sweep:
         rows += sweep(arguments, model, limits)
     return rows, limits
@@ -148,8 +150,6 @@ def global_rows(
     figures = dict(objects=objects, references=references)
     row = partial(_stage_row, arguments, limits, "global matching", flops, figures, inputs)
     rows = row(our_global, plain_global, torch_global)
-    if matching.blocks_here(arguments.matching_dtype, model.embedding_dim):
-        rows.insert(1, _without_kernel_row(arguments, inputs, rows[0], figures))
     if arguments.straightforward:
         rows.insert(1, _product_row(arguments, limits, inputs, flops, rows[0], figures))
     return rows
@@ -250,19 +250,26 @@ def _torch_times(section, in_torch, inputs: Inputs, dtype, exact, runs: int) -> 
     return time_runs(lambda: call(dtype), runs)
 
 
-def _without_kernel_row(
-    arguments: argparse.Namespace, inputs: Inputs, ours: Row, figures: dict
+def without_kernel_row(
+    arguments: argparse.Namespace, model: CFBI, limits: Limits, ours: Row
 ) -> Row:
-    """What GPUs do where the kernel is not for them."""
-    on_device = jax.device_put(inputs)
-    exact = compile_program(partial(our_global, dtype="float32"), on_device).call(on_device)
+    """Global matching as on GPUs that the kernel is not for."""
+    size = embedding_size(network_size(arguments.size))
+    inputs = make_inputs(size, model.embedding_dim, arguments.objects, arguments.references)
+    on_device, dtype = jax.device_put(inputs), arguments.matching_dtype
+    with_kernel = compile_program(partial(our_global, dtype="float32"), on_device)
     with mock.patch.object(matching, "blocks_here", lambda *_: None):
-        in_float32 = compile_program(partial(our_global, dtype="float32"), on_device)
-        program = compile_program(partial(our_global, dtype=arguments.matching_dtype), on_device)
-    check_same("global matching without the kernel", exact, in_float32.call(on_device))
+        program = in_float32 = compile_program(partial(our_global, dtype="float32"), on_device)
+        if dtype != "float32":
+            program = compile_program(partial(our_global, dtype=dtype), on_device)
+    name, exact = "global matching", with_kernel.call(on_device)
+    check_same(f"{name} without the kernel", exact, in_float32.call(on_device))
     times = time_call(program.call, on_device, runs=arguments.runs)
-    figures = figures | {"times_ours": times.median / ours["seconds"]["median"]}
-    return make_row("global matching", "ours without the kernel", times, program, **figures)
+    flops = global_flops(size, arguments.references, model.embedding_dim)
+    limit = limits.seconds(flops, dtype, program.moved)
+    ratio = times.median / ours["seconds"]["median"]
+    figures = dict(objects=arguments.objects, references=arguments.references, times_ours=ratio)
+    return make_row(name, "ours without the kernel", times, program, limit, **figures)
 
 
 def _product_row(

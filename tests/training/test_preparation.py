@@ -1,5 +1,7 @@
 """What is read and checked before a run, and where it arrives."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from runs import error_of
 
-from cfbi_jax.config import source
+from cfbi_jax.config import default_config, source
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
 from cfbi_jax.training.step import StepOptions
@@ -202,3 +204,14 @@ def test_bad_input_is_found_before_the_first_step(
         assert message in text
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path):
+    now = default_config().to_dict() | {"sources": {"davis": source().to_dict()}}
+    begun = copy.deepcopy(now)
+    del begun["clips"]["colour_jitter"], begun["sources"]["davis"]["paste"]
+    preparation._check_unchanged(begun, now, tmp_path)
+    now["clips"]["colour_jitter"], now["sources"]["davis"]["paste"] = 0.3, 0.5
+    different = "colour_jitter: 0.0 in the checkpoint, 0.3 now\n.*paste: 0.0 in the checkpoint, 0.5"
+    with pytest.raises(ValueError, match=different):
+        preparation._check_unchanged(begun, now, tmp_path)
