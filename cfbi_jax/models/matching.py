@@ -123,10 +123,7 @@ def nearest_squared_distance(
     distance; of pixels at the same distance the first gets it.
     """
     if blocks := blocks_here(query.dtype, query.shape[1]):
-        tiles, bounds = _tiles_by_row(reference, label, num_rows, blocks.pixels)
-        arrays = query, _squared_norm(query), tiles.pixels, tiles.norms, bounds
-        nearest, _ = nearest_in_tiles(*arrays, FAR, blocks)
-        return nearest.T
+        return _by_kernel(query, reference, label, num_rows, blocks, with_index=False)[0]
 
     tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
 
@@ -145,11 +142,8 @@ def nearest_squared_distance(
 def _nearest_forward(query, reference, label, num_rows):
     """The same, and the index of the nearest pixel (-1 where a row has none)."""
     if blocks := blocks_here(query.dtype, query.shape[1]):
-        tiles, bounds = _tiles_by_row(reference, label, num_rows, blocks.pixels)
-        arrays = query, _squared_norm(query), tiles.pixels, tiles.norms, bounds
-        nearest, slot = nearest_in_tiles(*arrays, FAR, blocks, with_slot=True)
-        index = jnp.where(slot < 0, -1, tiles.source.reshape(-1)[slot])
-        return nearest.T, (query, reference, label, index.T)
+        nearest, index = _by_kernel(query, reference, label, num_rows, blocks, with_index=True)
+        return nearest, (query, reference, label, index)
 
     tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
 
@@ -195,6 +189,15 @@ def _nearest_backward(num_rows, residuals, gradient):
 
 
 nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
+
+
+def _by_kernel(query, reference, label, num_rows, blocks, with_index):
+    """Both of them in one kernel: `[q, rows]` distances, and indices or None."""
+    tiles, bounds = _tiles_by_row(reference, label, num_rows, blocks.pixels)
+    arrays = query, _squared_norm(query), tiles.pixels, tiles.norms, bounds
+    nearest, slot = nearest_in_tiles(*arrays, FAR, blocks, with_index)
+    index = jnp.where(slot < 0, -1, tiles.source.reshape(-1)[slot]).T if with_index else None
+    return nearest.T, index
 
 
 def _tile_size(reference: Float[Array, "p c"]) -> int:
