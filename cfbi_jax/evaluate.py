@@ -158,7 +158,11 @@ def score(
         return None
     names = [video.name for video in videos]
     if data.dataset == "youtube_vos":
-        scores = youtube_vos_scores.score_youtube_vos(data.root, results, data.split, names)
+        try:
+            scores = youtube_vos_scores.score_youtube_vos(data.root, results, data.split, names)
+        except youtube_vos_scores.NothingToScore as error:
+            LOGGER.warning("%s: not scored", error)
+            return None
         show = report.print_youtube_vos
         paths = report.write_youtube_vos_tables(scores, output)
     else:

@@ -171,8 +171,11 @@ def load_features(arguments: argparse.Namespace) -> Features:
     if "get_config" not in content:
         raise ValueError(f"{arguments.config}: no get_config(); expected a file like configs/*.py")
     config = content["get_config"]()
-    config.seed, config.calibrate = arguments.seed, arguments.calibrated
+    config.seed, config.calibrate = arguments.seed, True
+    config.data.update(root=str(arguments.root), resolution=arguments.resolution)
     model = build_model(config.model.to_dict())
+    if not arguments.calibrated:
+        return embedding_features(initial_checkpoint(model, config.init_from, config.seed))
     clips = preparation.training_clips(config, ClipOptions(**config.clips))
     return embedding_features(preparation.first_weights(config, model, clips))
 

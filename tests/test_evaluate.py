@@ -50,7 +50,7 @@ def config(checkpoint, davis):
 
 
 def run(config, workdir):
-    evaluate.run(evaluate.prepare(config, workdir))
+    return evaluate.run(evaluate.prepare(config, workdir))
 
 
 def masks_of(folder):
@@ -107,10 +107,10 @@ def test_davis_2016_is_one_object(config, davis, tmp_path):
     assert [line.split(",")[0] for line in lines[1:]] == ["synthetic-0000_1"]
 
 
-def youtube_vos(root, davis, starts):
+def youtube_vos(root, davis, starts, split="valid"):
     """The synthetic DAVIS videos in YouTube-VOS layout, annotated only where an object starts."""
     meta = {}
-    folder = root / "valid"
+    folder = root / split
     for name, objects in starts.items():
         shutil.copytree(davis / "JPEGImages/480p" / name, folder / "JPEGImages" / name)
         (folder / "Annotations" / name).mkdir(parents=True)
@@ -145,6 +145,16 @@ def test_youtube_vos_with_a_late_object(config, davis, tmp_path):
     with zipfile.ZipFile(out / "submission.zip") as archive:
         assert all(name.startswith("Annotations/synthetic-000") for name in archive.namelist())
     assert check_submission(out / "submission.zip", root, "youtube_vos", "valid") == []
+
+
+def test_youtube_vos_with_nothing_to_score(config, davis, tmp_path, caplog):
+    """Where the only object comes with the last frame there are masks, and no scores."""
+    root, out = tmp_path / "YTVOS", tmp_path / "out"
+    youtube_vos(root, davis, {"synthetic-0000": {1: FRAMES - 1}}, "train")
+    config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "train"
+    assert run(config, out) is None
+    assert (out / "submission.zip").is_file() and not list(out.glob("*.csv"))
+    assert "no object has a frame after its first one to score: not scored" in caplog.text
 
 
 # ---------------------------------------------------------------------------- resuming, sharing

@@ -26,6 +26,9 @@ MAX_IDS_IN_MASK = 64
 _ID_MODES = ("P", "L", "1", "I;16", "I")  # Pillow: palette, grey of 8, 1 and 16 bits
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_BITS, _PNG_COLOURS = 24, 25  # where a PNG says its bits per value and its kind of colours
+_PNG_GREY = 0
+_GREY_STEPS = {2: 85, 4: 17}  # Pillow spreads the values of so many bits over 0..255
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"
 _JPEG_START = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
@@ -117,7 +120,7 @@ def mask_size(path: Path | str) -> tuple[int, int]:
 
 
 def read_mask(path: Path | str, refuse_shades: bool = True) -> UInt8[np.ndarray, "height width"]:
-    """Reads the object ids of an indexed or grey PNG (1-bit: white is id 1).
+    """Reads the object ids of an indexed or grey PNG (of 1 bit: white is id 1).
 
     `refuse_shades=False` is for predictions and truth: scarcely visible objects are no error there.
 
@@ -137,7 +140,11 @@ def decode_mask(
     file = io.BytesIO(data)
     _check_complete(file, name)
     _check_holds_ids(_open_image(file, name), name)
-    return check_label(np.array(_decode(file, name)), name, refuse_shades)
+    label = np.array(_decode(file, name))
+    bits = data[_PNG_BITS]
+    if data[_PNG_COLOURS] == _PNG_GREY and bits in _GREY_STEPS:
+        label //= _GREY_STEPS[bits]
+    return check_label(label, name, refuse_shades)
 
 
 def check_label(

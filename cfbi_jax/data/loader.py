@@ -9,6 +9,7 @@ A clip is determined by the seed and its number, so the position of the stream i
 nothing else has to be saved, and neither the number of workers nor that of hosts changes a clip.
 """
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
@@ -131,6 +132,9 @@ def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         yield from map(_copy, iterator)
     finally:
         iterator.close()
+        # The workers' last batches are in cycles, which would outlive the workers.
+        del iterator
+        gc.collect()
 
 
 def _copy(batch: ClipBatch) -> ClipBatch:

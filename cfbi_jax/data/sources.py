@@ -12,7 +12,7 @@ from cfbi_jax.data.clips import ClipSource
 from cfbi_jax.data.pasted import PastedVideos
 from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
-from cfbi_jax.data.synthetic import SyntheticVideos
+from cfbi_jax.data.synthetic import MAX_OBJECTS, SyntheticVideos
 from cfbi_jax.data.videos import check_names, split_names
 
 LOGGER = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
     Args:
       source: the fields that `config.source` describes.
       records: folder of the records; "": `~/.cache/cfbi_jax/records` (or below XDG_CACHE_HOME).
-      max_objects, seed: of synthetic videos.
+      max_objects, seed: of synthetic videos, which have 10 objects at most.
 
     Errors: ValueError for an unknown data set, and those of `training_files` and `prepare`.
     """
@@ -34,7 +34,7 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
     if dataset not in DATASETS:
         raise ValueError(f'config.sources.NAME.dataset is "{dataset}"; expected one of {DATASETS}')
     if dataset == "synthetic":
-        videos = SyntheticVideos(seed, max_objects=max_objects)
+        videos = SyntheticVideos(seed, max_objects=min(max_objects, MAX_OBJECTS))
     else:
         if not root:
             raise ValueError(

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -296,7 +297,7 @@ def _content_problem(read: Callable[[], bytes], expected: ExpectedSequence) -> s
                     f"{expected.size[0]} x {expected.size[1]}"
                 )
             ids = set(ids_in(np.array(image)).tolist()) - {0}
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error):
         return "not a picture, or damaged"
     if expected.ids is None:
         return f"{len(ids)} different ids, expected a single object" if len(ids) > 1 else None

@@ -67,6 +67,10 @@ class Scores:
     overall: float
 
 
+class NothingToScore(ValueError):
+    """No object of any video has a frame after its first one."""
+
+
 def score_youtube_vos(
     root: str | Path,
     results: str | Path,
@@ -90,7 +94,7 @@ def score_youtube_vos(
     Raises:
       FileNotFoundError: for a missing `meta.json`, true mask or prediction.
       ValueError: for an unknown video, a malformed `meta.json`, a prediction of another kind or
-        size, or one that holds an id that is not in `meta.json`.
+        size, or one that holds an id that is not in `meta.json`; `NothingToScore`.
     """
     root, results = Path(root), Path(results)
     if not results.is_dir():
@@ -107,7 +111,7 @@ def score_youtube_vos(
     }
     all_pairs = [pair for own in pairs.values() for pair in own]
     if not all_pairs:
-        raise ValueError(f"{root / split}: no object has a frame after its first one to score")
+        raise NothingToScore(f"{root / split}: no object has a frame after its first one to score")
     predictions.check_files(all_pairs, num_threads)
     scores = iter(predictions.score_frames(all_pairs, num_threads))
 

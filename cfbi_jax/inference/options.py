@@ -22,9 +22,9 @@ class Options:
     max_references: how many frames with masks one video may have; more is an error.
     max_objects: None, as many as the masks have. A number: rows are always padded to it, so that
         one compilation serves any video, and more objects are an error.
-    memory_mib: what weights and arrays may take, in MiB. Where objects or the video's size need
-        more, fewer object rows and lines of pixels are computed at a time. None: 80 % of the
-        device's memory, on CPUs 1 GiB.
+    memory_mib: what weights and arrays are to fit into, in MiB. Where objects or the video's size
+        need more, fewer object rows and lines of pixels are computed at a time; where that is not
+        enough, `VideoSegmenter.plan` says so. None: 80 % of the device's memory, on CPUs 1 GiB.
     """
 
     scales: Sequence[float] = (1.0,)

@@ -5,6 +5,7 @@ frame --> embed ------------> features ---+--> predict --> label, probabilities
 """
 
 import logging
+import math
 from collections.abc import Mapping
 
 import jax
@@ -19,7 +20,6 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import (
     Features,
     State,
-    padded_references,
     padded_rows,
     state_shapes,
 )
@@ -31,8 +31,8 @@ from cfbi_jax.models.images import ImageFormat
 LOGGER = logging.getLogger(__name__)
 
 LESS_MEMORY = (
-    "less memory: a smaller max_long_edge (pixels at the network), fewer scales or no flip, a "
-    "smaller max_references; a smaller memory_mib computes fewer objects at a time"
+    "less memory: a smaller max_long_edge (pixels at the network), fewer scales or no flip, fewer "
+    "masks (references)"
 )
 
 
@@ -91,10 +91,10 @@ class Programs:
         """
         views = self.views_of(size)
         num_rows = self.num_rows(num_objects)
-        chunks = self.chunks(views, size, num_rows, num_references)
         frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
         embed = self.embed.lower(self.variables, frame, views=views)
         features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), embed.out_info)
+        chunks = self.chunks(features, size, num_rows, num_references)
         state = state_shapes(features, num_references)
         count = jax.ShapeDtypeStruct((), np.int32)
         predict = self.predict.lower(
@@ -109,18 +109,8 @@ class Programs:
         )
         lines = chunks.lines_at_once or size[0]
         prediction += memory.library_bytes(num_rows, lines, size[1])
-        # A frame, its given mask, its rows and its label.
-        frame_bytes = 6 * size[0] * size[1]
-        plan = MemoryPlan(
-            {
-                "weights": self._weights,
-                "references": memory.tree_bytes(state.views),
-                "features of two frames": 2 * memory.tree_bytes(features),
-                "two frames and their masks": 2 * frame_bytes,
-                "computation": max(embedding, prediction),
-            },
-            chunks,
-        )
+        held = self._held(features, size, num_references)
+        plan = MemoryPlan(held | {"computation": max(embedding, prediction)}, chunks)
         self._check_budget(plan, size, num_objects)
         return plan
 
@@ -141,20 +131,33 @@ class Programs:
         return padded_rows(num_objects) if limit is None else 1 + limit
 
     def chunks(
-        self, views: tuple[View, ...], size: tuple[int, int], num_rows: int, num_references: int
+        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
     ) -> Chunks:
+        """What is computed at once, for a video of `size` whose frames have `features`."""
         model, options = self.model, self.options
-        pixels = [-(-view.size[0] // 4) * -(-view.size[1] // 4) for view in views]
-        # An embedding of every reference and of three frames, and the maps of a frame's rows.
-        per_pixel = (padded_references(num_references) + 3) * model.embedding_dim
-        maps = 3 * num_rows * (3 + 2 * len(model.windows))
-        fixed = self._weights + 4 * sum(pixels) * per_pixel
-        fixed += 4 * max(pixels) * maps
+        pixels = [math.prod(embedding.shape[1:3]) for embedding, _ in features]
+        fixed = sum(self._held(features, size, num_references).values())
+        # The maps of a frame's rows, and the logits of every view.
+        fixed += 4 * max(pixels) * 3 * num_rows * (3 + 2 * len(model.windows))
+        fixed += 4 * sum(pixels) * num_rows
         budget = memory.default_budget()
         if options.memory_mib is not None:
             budget = options.memory_mib * MIB
         channels = 3 * model.embedding_dim + model.matching_dim
         return memory.choose_chunks(max(budget - fixed, 0), max(pixels), channels, num_rows, size)
+
+    def _held(
+        self, features: Features, size: tuple[int, int], num_references: int
+    ) -> dict[str, int]:
+        """Bytes of what exists whichever program runs, by purpose."""
+        # A frame, its given mask, its rows and its label.
+        frame_bytes = 6 * size[0] * size[1]
+        return {
+            "weights": self._weights,
+            "references": memory.tree_bytes(state_shapes(features, num_references).views),
+            "features of two frames": 2 * memory.tree_bytes(features),
+            "two frames and their masks": 2 * frame_bytes,
+        }
 
     def _embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
         self._log_compilation("embedding", frame.shape[:2], views)

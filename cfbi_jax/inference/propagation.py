@@ -65,7 +65,8 @@ def _out_of_memory_explained() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryError(f"out of device memory; {LESS_MEMORY}\n{error}") from error
+        fewer = "a smaller memory_mib computes fewer objects at a time"
+        raise MemoryError(f"out of device memory; {LESS_MEMORY}; {fewer}\n{error}") from error
 
 
 class Propagation:
@@ -113,7 +114,7 @@ class Propagation:
                     views=self._views,
                     num_rows=num_rows,
                     with_probabilities=self._with_probabilities,
-                    chunks=programs.chunks(self._views, self._size, num_rows, references),
+                    chunks=programs.chunks(features, self._size, num_rows, references),
                 )
         self._state = remember(
             self._state, features, rows, self._views, as_reference=given is not None
@@ -125,9 +126,12 @@ class Propagation:
         return Prediction(rows, probabilities, given, self._ids, self._with_probabilities)
 
     def _check_frame(self, frame: np.ndarray) -> None:
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
-            found = f"{getattr(frame, 'dtype', type(frame))} {getattr(frame, 'shape', '')}"
-            raise ValueError(f"frame {self.index} is {found}; expected uint8 [height, width, 3]")
+        expected = "uint8 [height, width, 3]"
+        if not isinstance(frame, np.ndarray):
+            raise ValueError(f"frame {self.index} is {type(frame)}; expected NumPy, {expected}")
+        if frame.dtype != np.uint8 or frame.ndim != 3:
+            found = f"{frame.dtype} {frame.shape}"
+            raise ValueError(f"frame {self.index} is {found}; expected {expected}")
         if frame.shape[2] != 3:
             raise ValueError(f"frame {self.index} has {frame.shape[2]} channels; expected 3, RGB")
         size = frame.shape[:2]

@@ -161,8 +161,11 @@ class VideoSegmenter:
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
-        Raises ValueError if that is more than `memory_mib`.
+        Raises ValueError if that is more than `memory_mib`, or for more objects or references than
+        the options allow.
         """
+        self.options.check_object_count(num_objects)
+        self.options.check_reference_count(num_references)
         return self.programs.plan(size, num_objects, num_references)
 
 

@@ -1,7 +1,12 @@
 """CFBI (Yang et al., ECCV 2020): the network, in two halves.
 
     embedding, low_level = model.apply(variables, images, method=CFBI.embed)
-    logits = model.apply(variables, Reference(...), Previous(...), ..., method=CFBI.segment)
+    logits = model.apply(
+        variables,
+        *(reference, reference_label, num_references, previous, previous_label),
+        *(embedding, low_level, num_objects, num_rows),
+        method=CFBI.segment,
+    )
 
 `embed` sees one image and nothing else, so a video embeds every frame once. `segment` compares the
 current frame's embedding with those of the reference frames and of the previous frame.

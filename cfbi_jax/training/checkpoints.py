@@ -276,22 +276,23 @@ FREE_FIELDS = (
     *(f"inference.{name}" for name in BOUNDS),
 )
 FREE_SUFFIXES = ("_every_steps", ".root")
-# What is evaluated and how; of a run that has evaluated: the best of different kinds of scores
-# would mean nothing.
+# What is evaluated and how.
 EVALUATION = ("data.", "inference.")
 
 
-def contradictions(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "field: A there, B now" for every field of a run that must not change when it goes on."""
+def contradictions(stored: Mapping[str, Any], now: Mapping[str, Any], evaluated: bool) -> list[str]:
+    """ "field: A there, B now" for every field of a run that must not change when it goes on.
+
+    `evaluated`: the run has scores; the best of different kinds of them would mean nothing.
+    """
     stored, now = flatten(stored), flatten(now)
-    evaluates = stored.get("mode") == now.get("mode") == "train_and_eval"
     return [
         f"{field}: {stored.get(field)!r} in the checkpoint, {now.get(field)!r} now"
         for field in sorted(set(stored) | set(now))
         if stored.get(field) != now.get(field)
         and field not in FREE_FIELDS
         and not field.endswith(FREE_SUFFIXES)
-        and (evaluates or not field.startswith(EVALUATION))
+        and (evaluated or not field.startswith(EVALUATION))
     ]
 
 

@@ -82,9 +82,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     plain = training.plain
     store = Checkpoints(workdir, config.keep_checkpoints, model, image_format, plain, mesh)
     stack.callback(store.close)
-    store.check_room(state)
     state = replicate(store.restore(state), mesh)
     first_step = int(state.step)
+    if first_step < last_step:
+        store.check_room(state)
     if first_step:
         LOGGER.info("going on from step %d of %d", first_step, last_step)
     if primary:
@@ -103,6 +104,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if reports:
         stack.callback(reports.close)
     scores = Scores(config, workdir, training.start, training.evaluation, first_step)
+    stack.callback(scores.close)
     profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
@@ -140,7 +142,9 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         except Exception:
             if stopping(step - 1):  # the signal may have ended the workers, too
                 stop(state, step - 1)
-            if step > 1:  # the data can be mended, and the run goes on from here
+            # The data can be mended, and the run goes on from here. Other processes have their part
+            # of the batch: they wait in the step, and do not come to a save.
+            if step > 1 and jax.process_count() == 1:
                 _check_finite(training, state)
                 store.save(state)
                 store.wait()

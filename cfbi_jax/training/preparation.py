@@ -25,7 +25,7 @@ from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import CFBI, build_model
-from cfbi_jax.training import checkpoints, schedule
+from cfbi_jax.training import checkpoints, metric_writers, schedule
 from cfbi_jax.training.step import StepOptions
 from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import Checkpoint, stored_image_format
@@ -145,6 +145,13 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in (*at_least_0, "picture_every_steps", "warmup_steps", "weight_decay"):
         if config[name] < 0:
             raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
+    if config.max_gradient_norm <= 0:
+        raise ValueError(
+            f"config.max_gradient_norm is {config.max_gradient_norm}; expected more than 0 (inf: "
+            "no limit)"
+        )
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"config.momentum is {config.momentum}; expected 0 or more, below 1")
     if config.optimizer not in schedule.OPTIMIZERS:
         raise ValueError(
             f'config.optimizer is "{config.optimizer}"; expected one of {schedule.OPTIMIZERS}'
@@ -173,7 +180,9 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
     stored = checkpoints.flatten(defaults) | checkpoints.flatten(begun)
     # Which videos there are is known later than the rest of `plain`.
     stored = {field: value for field, value in stored.items() if field.split(".")[0] in plain}
-    different = checkpoints.contradictions(stored, plain)
+    scores = workdir / metric_writers.EVALUATIONS_FILE
+    evaluated = scores.is_file() and scores.stat().st_size > 0
+    different = checkpoints.contradictions(stored, plain, evaluated)
     if different:
         listing = "\n  ".join(different)
         raise ValueError(

@@ -109,6 +109,10 @@ class Scores:
             self._evaluate(jax.tree.map(np.asarray, state.evaluated), step)
         from_primary(0.0)  # the others wait
 
+    def close(self) -> None:
+        if self._evaluation is not None:
+            self._lines.close()
+
     def _evaluate(self, variables: dict, step: int) -> None:
         means = {}
         if all(video.truth for video in self._evaluation.videos):
@@ -122,7 +126,7 @@ class Scores:
         self._scores[step] = score
         self._lines.write_scalars(step, means)
         if means:
-            best = max(self._scores, key=self._scores.get)
+            best = max(self._scores, key=lambda step: (self._scores[step], step))
             message = "step %d: J&F %.4f; best %.4f at step %d"
             LOGGER.info(message, step, score, self._scores[best], best)
 

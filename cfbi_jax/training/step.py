@@ -44,8 +44,8 @@ class StepOptions:
     """How a step is computed.
 
     max_objects: objects that a clip may have; its labels are 0..max_objects or 255.
-    sequential_step: from the step after this one on, a frame's previous mask is the prediction.
-        None: never ("no sequential training" of Table 5).
+    sequential_step: from the step after this one on, a frame's previous mask is the prediction
+        (from the number of all steps on: never, "no sequential training" of Table 5).
     mining_step: when the loss has moved to the hardest pixels alone (`losses.mining_ratio`).
     accumulate: into how many parts each device's clips are cut to save memory.
     remat: what the backward pass computes again instead of keeping it: "none"; "segment", all but
@@ -55,7 +55,7 @@ class StepOptions:
     """
 
     max_objects: int = 5
-    sequential_step: int | None = 50_000
+    sequential_step: int = 50_000
     mining_step: int = 50_000
     accumulate: int = 1
     remat: str = "none"
@@ -344,11 +344,8 @@ def clip_losses(
         prediction = jnp.argmax(logits, axis=1).astype(jnp.uint8)
         counts += _iou(prediction, truth, options.max_objects)
         predictions.append(prediction)
-        previous_label = small[:, t]
-        if options.sequential_step is not None:
-            predicted = resize_labels(prediction, embedding.shape[2:4])
-            sequential = step > options.sequential_step
-            previous_label = jnp.where(sequential, predicted, previous_label)
+        predicted = resize_labels(prediction, embedding.shape[2:4])
+        previous_label = jnp.where(step > options.sequential_step, predicted, small[:, t])
     return losses / (frames - FIRST_CURRENT), counts, jnp.stack(predictions, axis=1)
 
 

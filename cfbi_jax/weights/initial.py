@@ -1,6 +1,7 @@
 """The network before its first step: random, from a checkpoint, or on top of a backbone file."""
 
 import logging
+import zlib
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -81,7 +82,7 @@ def _folded_mobilenet(path: Path, model: CFBI) -> dict:
     try:
         with np.load(path) as file:
             arrays = {k: file[k].astype(np.float32) for k in file if k.startswith("block")}
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or no .npz file ({error})") from error
     shapes = _backbone_shapes(model)
     params, frozen, used = {}, {}, set()

@@ -22,8 +22,9 @@ def video(arguments: argparse.Namespace) -> tuple[list[Row], None]:
 
     Errors: ValueError for a video that ends before.
     """
-    if arguments.frames <= EARLY_FRAME:
-        raise ValueError(f"--frames is {arguments.frames}; expected more than {EARLY_FRAME}")
+    least = EARLY_FRAME + 2
+    if arguments.frames < least:
+        raise ValueError(f"--frames is {arguments.frames}; expected {least} or more")
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
     options = Options(compute_dtype=arguments.dtype, matching_dtype=arguments.matching_dtype)
     segmenter = VideoSegmenter(model, random_variables(model), IMAGENET_FORMAT, options)

@@ -1,6 +1,8 @@
 """Files are read back here with Pillow, not with the functions under test."""
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -164,6 +166,25 @@ def test_masks_of_ids_are_read(tmp_path, mode):
     mask = image_files.read_mask(tmp_path / "mask.png")
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, ids)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_ids_of_few_bits(tmp_path, bits):
+    """A grey PNG written by hand: 16 pixels in a line, as many values in a byte as go in."""
+    ids = np.arange(16) % 2**bits
+    values = ids.reshape(-1, 8 // bits) << np.arange(8 - bits, -1, -bits)
+    lines = 3 * (b"\0" + values.sum(axis=1).astype(np.uint8).tobytes())
+
+    def part(kind, content):
+        check = zlib.crc32(kind + content)
+        return len(content).to_bytes(4, "big") + kind + content + check.to_bytes(4, "big")
+
+    header = struct.pack(">IIBBBBB", 16, 3, bits, 0, 0, 0, 0)
+    parts = part(b"IHDR", header), part(b"IDAT", zlib.compress(lines)), part(b"IEND", b"")
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    mask = image_files.read_mask(tmp_path / "mask.png", refuse_shades=False)
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, np.tile(ids, (3, 1)))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])

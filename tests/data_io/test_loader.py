@@ -222,19 +222,21 @@ if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()
     videos = SyntheticVideos(0, num_videos=4, num_frames=8, size=(48, 64))
     clips = Clips([(videos, 1)], ClipOptions(crop_size=33, short_edge=40), 0)
-    with batches(clips, 2, 0, 100, workers=int(sys.argv[1])) as stream:
+    workers, stop = map(int, sys.argv[1:])
+    with batches(clips, 2, 0, stop, workers=workers) as stream:
         kept = [next(stream) for _ in range(3)]
     print(len(kept))
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopping_early_leaves_nothing_behind(tmp_path, workers):
-    """No shared memory, no traceback at the end of the program, which still has its batches."""
+@pytest.mark.parametrize("workers, stop", [(0, 100), (2, 100), (2, 3)])
+def test_stopping_leaves_nothing_behind(tmp_path, workers, stop):
+    """Early, and after the last batch: no shared memory, no traceback at the end of the program,
+    which still has its batches."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, program, str(workers)],
+        [sys.executable, program, str(workers), str(stop)],
         capture_output=True,
         text=True,
         timeout=100,

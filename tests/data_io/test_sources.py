@@ -106,6 +106,7 @@ def test_synthetic(tmp_path):
     assert {v.mask(0).max() for v in videos} == {1, 2, 3}  # max_objects
     again = make(tmp_path, dataset="synthetic").video(0, np.random.default_rng(0))
     np.testing.assert_array_equal(again.frame(0), videos[0].frame(0))
+    assert len(clip_source(source(dataset="synthetic"), "", max_objects=12, seed=5))
     other = clip_source(source(dataset="synthetic"), "", max_objects=3, seed=6)
     assert other.video(0, np.random.default_rng(0)).name != videos[0].name
 

@@ -175,6 +175,13 @@ def test_damaged_and_repeated(davis, tmp_path):
         archive.writestr("a/00000.png", (results / "a" / "00000.png").read_bytes())
     (problem,) = check_submission(tmp_path / "out.zip", root)
     assert problem == "a/00000.png is in the archive 2 times"
+    with zipfile.ZipFile(tmp_path / "out.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/00000.png", bytes(1000))
+    data = bytearray((tmp_path / "out.zip").read_bytes())
+    data[30 + len("a/00000.png")] |= 6  # a kind of block that does not exist
+    (tmp_path / "out.zip").write_bytes(data)
+    problems = check_submission(tmp_path / "out.zip", root)
+    assert "a: not a picture, or damaged (frame 00000)" in problems
     (tmp_path / "out.zip").write_bytes(b"no zip")
     (problem,) = check_submission(tmp_path / "out.zip", root)
     assert "not a zip" in problem

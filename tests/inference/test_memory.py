@@ -10,6 +10,7 @@ from small import mask_of, random_variables, random_video, small_network
 from tiny import tiny_model, tiny_parts
 
 import cfbi_jax
+from cfbi_jax import memory
 from cfbi_jax.inference import programs, test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.test_time import View
@@ -83,7 +84,7 @@ def test_choice_of_chunks():
     """Equal parts, as large as fit; never nothing."""
     small = dict(pixels=100, head_channels=10, num_rows=6, size=(48, 64))
     assert choose_chunks(2**30, **small) == Chunks(None, None)
-    row = 4 * 4.6 * 10 * 100
+    row = 4 * memory.HEAD_COPIES * 10 * 100
     assert choose_chunks(int(4.5 * row), **small).rows_at_once == 3  # 4 fit: two groups of 3
     assert choose_chunks(int(2.5 * row), **small).rows_at_once == 2
     assert choose_chunks(0, **small) == Chunks(1, 1)
@@ -136,6 +137,14 @@ def test_plan():
     assert larger.parts["computation"] > 1.5 * plan.parts["computation"]
 
 
+def test_plan_of_more_than_the_options_allow():
+    bounded = small_segmenter(max_objects=2, max_references=1)
+    with pytest.raises(ValueError, match="hold 20 objects, and max_objects is 2"):
+        bounded.plan((40, 56), num_objects=20)
+    with pytest.raises(ValueError, match="masks for 5 frames, and max_references is 1"):
+        bounded.plan((40, 56), num_objects=2, num_references=5)
+
+
 def test_plan_compiles_what_the_video_runs():
     segmenter = small_segmenter()
     segmenter.plan((40, 56), num_objects=4)
@@ -150,12 +159,15 @@ def test_plan_over_budget_says_what_helps():
     assert "400 x 560 with 2 objects takes" in str(raised.value)
 
 
-def test_groups_bound_the_computation():
-    """Sixteen objects, one row at a time, against all 17 at once."""
-    unbounded = small_segmenter(memory_mib=10_000).plan((240, 320), 16)
-    bounded = small_segmenter(memory_mib=30).plan((240, 320), 16)
-    assert unbounded.chunks.rows_at_once is None and bounded.chunks.rows_at_once <= 4
-    assert bounded.peak < 30 * 2**20 < unbounded.peak
+@pytest.mark.parametrize(
+    "budget, options", [(30, {}), (70, dict(scales=(1.0, 1.5), flip=True, max_long_edge=320))]
+)
+def test_groups_bound_the_computation(budget, options):
+    """Sixteen objects, a few rows at a time, against all 17 at once; with one view and four."""
+    unbounded = small_segmenter(memory_mib=10_000, **options).plan((240, 320), 16)
+    bounded = small_segmenter(memory_mib=budget, **options).plan((240, 320), 16)
+    assert unbounded.chunks.rows_at_once is None and bounded.chunks.rows_at_once <= 6
+    assert bounded.peak < budget * 2**20 < unbounded.peak
 
 
 def exhausted(*_, **__):

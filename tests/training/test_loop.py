@@ -304,9 +304,12 @@ def test_allowed_changes_go_on(config, whole, begun, monkeypatch):
     assert checkpoint_steps(begun) == [8]
 
 
-def test_a_finished_run_does_nothing(config, whole, tmp_path):
+def test_a_finished_run_does_nothing(config, whole, tmp_path, monkeypatch):
+    """Not even with a full disk."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
+    usage = SimpleNamespace(total=10**9, used=10**9, free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     run(config, out)
     assert_same_run(out, whole)
 
@@ -322,6 +325,15 @@ def test_another_configuration_is_refused(config, begun, monkeypatch):
         "  model.resnet_width: 4 in the checkpoint, 8 now",
     ]
     assert before == ((begun / "metrics.jsonl").read_bytes(), (begun / "config.json").read_bytes())
+
+
+def test_a_run_with_scores_keeps_to_what_they_are_of(config, begun, monkeypatch):
+    """Even if it goes on without evaluations for a while."""
+    (begun / "evaluations.jsonl").write_text('{"step": 4, "J&F": 0.5}\n')
+    config.data.split = "train"
+    assert config.mode == "train"
+    text = error_of(config, begun, monkeypatch)
+    assert text.splitlines()[1:-1] == ["  data.split: 'val' in the checkpoint, 'train' now"]
 
 
 def test_another_number_of_devices_goes_on(config, whole, begun, tmp_path):
@@ -375,12 +387,14 @@ def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path):
     assert_same_run(out, whole)
 
 
-def test_equal_scores_keep_the_newer_weights(config, evaluations, tmp_path):
+def test_equal_scores_keep_the_newer_weights(config, evaluations, tmp_path, caplog):
+    caplog.set_level("INFO", "cfbi_jax")
     evaluations[:] = [0.5, 0.5, None]
     run(config, tmp_path / "out")
     best = load_checkpoint(tmp_path / "out" / "best")
     newest = load_checkpoint(tmp_path / "out" / "checkpoints" / str(STEPS))
     jax.tree.map(np.testing.assert_array_equal, best.variables, newest.variables)
+    assert f"step {STEPS}: J&F 0.5000; best 0.5000 at step {STEPS}" in caplog.text
 
 
 def test_without_truth_the_newest_weights_are_the_best(config, evaluations, davis, tmp_path):

@@ -131,6 +131,14 @@ def negative_rate(config, root):
     config.learning_rate = -0.1
 
 
+def no_gradient(config, root):
+    config.max_gradient_norm = 0.0
+
+
+def endless_momentum(config, root):
+    config.momentum = 1.0
+
+
 def no_objects(config, root):
     for path in (root / "Annotations/480p/synthetic-0000").iterdir():
         image = Image.open(path)
@@ -184,6 +192,8 @@ def nothing_to_evaluate(config, root):
         (other_size, ["synthetic-0000/00002.png", "40 x 30", "40 x 56"]),
         (shades, ["synthetic-0000/00002.png", "anti-aliased"]),
         (negative_rate, ["config.learning_rate is -0.1; expected 0 or more"]),
+        (no_gradient, ["config.max_gradient_norm is 0.0; expected more than 0"]),
+        (endless_momentum, ["config.momentum is 1.0; expected 0 or more, below 1"]),
         (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
         (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
         (crop_size, ["crop_size = 32; expected 16 n + 1"]),

@@ -1,5 +1,7 @@
 """What training starts from. MobileNetV2s with folded norms are compared with NumPy."""
 
+import struct
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -249,9 +251,14 @@ def test_another_backbone(npz):
         initial_checkpoint(CFBI(**SMALL), str(npz), seed=0)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut short", "flipped"])
+@pytest.mark.parametrize("damage", ["garbage", "cut short", "flipped", "compressed"])
 def test_damaged_file(npz, damage):
+    if damage == "compressed":
+        np.savez_compressed(npz, **folded_arrays())
     data = bytearray(npz.read_bytes())
+    if damage == "compressed":
+        names = struct.unpack_from("<HH", data, 26)  # lengths in the first file's header
+        data[30 + sum(names)] |= 6  # a kind of block that does not exist
     if damage == "flipped":
         data[len(data) // 2] ^= 255  # caught by the archive's checksums
     npz.write_bytes({"garbage": b"no archive", "cut short": data[:-1000]}.get(damage, data))
