@@ -126,6 +126,8 @@ def batches(
 
 def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
     """The batches out of the workers' shared memory, which Python does not free at its exit."""
+    from grain.multiprocessing import SharedMemoryArray
+
     iterator = iter(stream)
     try:
         # No variable here holds a batch, so that its memory is free long before the exit.
@@ -135,6 +137,10 @@ def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         # The workers' last batches are in cycles, which would outlive the workers.
         del iterator
         gc.collect()
+        # Grain frees in one thread, which the end of the program would interrupt: when an empty
+        # job behind the others is done, they are, too.
+        if freeing := getattr(SharedMemoryArray, "_del_thread_pool", None):
+            freeing.apply(bool)
 
 
 def _copy(batch: ClipBatch) -> ClipBatch:

@@ -213,12 +213,21 @@ def test_errors_come_where_the_batch_would(workers):
 
 PROGRAM = """
 import sys
+import time
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.loader import Clips, batches
 from cfbi_jax.data.synthetic import SyntheticVideos
 
+freed = SharedMemoryArray.close_shm_async
+
+def freed_late(*args):
+    time.sleep(0.05)
+    freed(*args)
+
 if __name__ == "__main__":
+    SharedMemoryArray.close_shm_async = freed_late
     flags.FLAGS.mark_as_parsed()
     videos = SyntheticVideos(0, num_videos=4, num_frames=8, size=(48, 64))
     clips = Clips([(videos, 1)], ClipOptions(crop_size=33, short_edge=40), 0)
