@@ -396,25 +396,25 @@ def command(*arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
 
 
 def test_quickstart_command(tmp_path):
-    """Two steps of a smaller network, and one of the held-out videos."""
+    """A step of a smaller network, and one of the held-out videos."""
     done = command(
         "--config=configs/quickstart.py",
         f"--workdir={tmp_path / 'out'}",
         f"--config.compilation_cache={tmp_path / 'cache'}",
         "--config.data.sequences=synthetic-0001",
-        "--config.num_train_steps=2",
+        "--config.num_train_steps=1",
         "--config.batch_size=1",
         "--config.clips.crop_size=33",
         "--config.clips.max_objects=1",
         *(f"--config.model.{key}={value}" for key, value in SMALL.items()),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step 2: loss" in done.stdout
+    assert "step 1: loss" in done.stdout
     assert (tmp_path / "out" / "best" / "variables").is_dir()
     assert re.search(r"per second with decoding and writing, [\d.]+ without", done.stdout)
     assert re.search(r"\d+ compilations", done.stdout)
