@@ -1,7 +1,7 @@
 """The command. `python -m cfbi_jax.main --config=configs/davis.py --workdir=OUT`"""
 
 import logging
-import signal
+import os
 import sys
 from pathlib import Path
 
@@ -9,10 +9,11 @@ import jax
 import rich
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
+from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.training import loop, preparation
 
 LOGGER = logging.getLogger("cfbi_jax.main")
@@ -32,6 +33,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(_) -> None:
     _log_to_screen()
     config = CONFIG.value
+    _expand_home(config)
     if config.mode not in MODES:
         sys.exit(f'error: config.mode is "{config.mode}"; expected one of {MODES}')
     if DISTRIBUTED.value:
@@ -39,16 +41,25 @@ def main(_) -> None:
     evaluating = config.mode == "eval"
     prepare = evaluate.prepare if evaluating else preparation.prepare
     try:
-        prepared = prepare(config, Path(WORKDIR.value))
+        prepared = prepare(config, Path(WORKDIR.value).expanduser())
     except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")
     try:
         (evaluate if evaluating else loop).run(prepared)
     except loop.Stopped as stopped:
         LOGGER.warning("%s", stopped)
-        sys.exit(128 + signal.SIGTERM)
-    except (loop.NotFinite, OSError) as error:  # a checkpoint or a log cannot be written, say
+        sys.exit(128 + stopped.signal)
+    except (loop.NotFinite, BadFile, MemoryError, OSError) as error:  # a full disk, say
         sys.exit(f"error: {error}")
+
+
+def _expand_home(config: ConfigDict) -> None:
+    """Shells leave `~` after `=` as it is."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _expand_home(value)
+        elif isinstance(value, str) and value.startswith("~/"):
+            config[name] = os.path.expanduser(value)
 
 
 def _join(address: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from cfbi_jax import main
 from cfbi_jax.models.cfbi import build_model
 
 NAMES = sorted(
@@ -122,3 +123,12 @@ def test_published_settings(name):
 
 def test_only_the_trainings_for_cpus_have_settings_of_their_own():
     assert set(NAMES) - set(EXPECTED) == {"quickstart", "davis240_mobilenet"}
+
+
+def test_home_folders_are_found_after_an_equals_sign():
+    """Shells expand `~` in `--field ~/x` but not in `--field=~/x`."""
+    config = importlib.import_module("configs.davis").get_config()
+    config.data.root, config.init_from = "~/DAVIS", "~/weights.npz"
+    main._expand_home(config)
+    assert config.data.root == config.sources.davis.root == str(Path.home() / "DAVIS")
+    assert config.init_from == str(Path.home() / "weights.npz")

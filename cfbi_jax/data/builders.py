@@ -13,6 +13,7 @@ Importing this module imports TFDS, which takes 0.6 s; TensorFlow is not needed.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,7 +149,8 @@ class YoutubeVosFrames(VideoFrames):
 
 
 def describe(files: Sequence[TrainingFiles], threads: int = 8) -> list[dict[str, Any]]:
-    """What records are known by: per video its name, reading, and the names and sizes of files.
+    """What records are known by: per video its name, reading, frames by their names and sizes, and
+    masks by their names and contents (a mended mask often has the size that it had).
 
     Made of what JSON can hold, and without the place of the files, which may move.
     Errors: FileNotFoundError for a missing file.
@@ -159,12 +161,16 @@ def describe(files: Sequence[TrainingFiles], threads: int = 8) -> list[dict[str,
             "name": video.name,
             "reading": video.reading,
             "frames": {path.name: path.stat().st_size for path in video.frames},
-            "masks": {path.name: path.stat().st_size for path in video.masks},
+            "masks": {path.name: _digest(path) for path in video.masks},
         }
 
     # In threads, as data sets often lie on a network file system.
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(describe_one, files))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def _first_difference(
@@ -174,11 +180,13 @@ def _first_difference(
     if recorded == wanted:
         return ""
     then, now = _by_file(recorded), _by_file(wanted)
-    for file, size in now.items():
+    for file, known in now.items():
         if file not in then:
             return f"{file} is not in the records"
-        if then[file] != size:
-            return f"{file} has {size} bytes, in the records {then[file]}"
+        if then[file] != known and isinstance(known, int):
+            return f"{file} has {known} bytes, in the records {then[file]}"
+        if then[file] != known:
+            return f"{file} is another file than the one in the records"
     for file in then:
         if file not in now:
             return f"{file} is in the records only"
@@ -190,11 +198,11 @@ def _first_difference(
     return "the same files in another order"
 
 
-def _by_file(videos: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The size of each file, by what an error says of it."""
+def _by_file(videos: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
+    """What is known of each file, by what an error says of it."""
     return {
-        f"{kind} {video['name']}/{name}": size
+        f"{kind} {video['name']}/{name}": known
         for video in videos
-        for kind, sizes in (("frame", video["frames"]), ("mask", video["masks"]))
-        for name, size in sizes.items()
+        for kind, files in (("frame", video["frames"]), ("mask", video["masks"]))
+        for name, known in files.items()
     }

@@ -76,7 +76,11 @@ def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
     if not path.is_file():
         lists = sorted(str(p.relative_to(root)) for p in root.glob("ImageSets/*/*.txt"))
         raise FileNotFoundError(f"{path}: no such list; there are: {', '.join(lists) or 'none'}")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}; expected a list in UTF-8") from error
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path}: an empty list; expected a sequence name per line")
     if len(set(names)) < len(names):

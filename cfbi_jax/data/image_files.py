@@ -9,6 +9,7 @@ import io
 import itertools
 import os
 import re
+import struct
 import threading
 import zlib
 from pathlib import Path
@@ -30,10 +31,15 @@ _PNG_BITS, _PNG_COLOURS = 24, 25  # where a PNG says its bits per value and its 
 _PNG_GREY = 0
 _GREY_STEPS = {2: 85, 4: 17}  # Pillow spreads the values of so many bits over 0..255
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB\x60\x82"
+_EXIF_ORIENTATION = 0x0112
 _JPEG_START = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 # In compressed JPEG data 0xff is followed by 0x00 or is a restart marker; the rest are segments.
 _JPEG_NEXT_SEGMENT = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+
+
+class BadFile(ValueError):
+    """A file, or an array in its place, that is not what it should be; the message names it."""
 
 
 def _voc_palette() -> UInt8[np.ndarray, "256 3"]:
@@ -53,7 +59,8 @@ def list_frames(folder: Path | str) -> list[Path]:
     """The pictures in a folder, in the order of the numbers in their names (9.png before 10.png).
 
     Errors: FileNotFoundError for a missing folder or one without pictures; ValueError for two
-    pictures that differ in their suffix only, as their masks would have the same name.
+    pictures that differ in their suffix only, as their masks would have the same name, and for a
+    picture without a number among those that are named by one: a preview, say, or a mask.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -71,6 +78,10 @@ def list_frames(folder: Path | str) -> list[Path]:
     for path, following in itertools.pairwise(frames):
         if path.stem == following.stem:
             raise ValueError(f"{following}: the same frame as {path.name}; expected one of them")
+    others = [path for path in frames if not path.stem.isdecimal()]
+    if others and len(others) < len(frames):
+        numbered = next(path for path in frames if path.stem.isdecimal())
+        raise ValueError(f"{others[0]}: no number, unlike {numbered.name}; expected frames only")
     return frames
 
 
@@ -92,7 +103,7 @@ def decode_frame(data: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if bgr is None:
-        raise ValueError(f"{name}: no picture that can be decoded; expected a JPEG or PNG")
+        raise BadFile(f"{name}: no picture that can be decoded; expected a JPEG or PNG")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
 
@@ -105,6 +116,20 @@ def image_size(path: Path | str) -> tuple[int, int]:
         _check_complete(file, path)
         width, height = _open_image(file, path).size
     return height, width
+
+
+def check_upright(path: Path | str) -> None:
+    """Raises ValueError for a picture that viewers turn or mirror (EXIF orientation)."""
+    with open(path, "rb") as file:
+        try:
+            orientation = _open_image(file, path).getexif().get(_EXIF_ORIENTATION, 1)
+        except (SyntaxError, ValueError, struct.error):  # damaged: nobody turns it
+            return
+    if orientation not in (0, 1):
+        raise BadFile(
+            f"{path}: viewers turn or mirror this picture (EXIF orientation {orientation}), and it "
+            "is read as stored; expected pictures saved upright"
+        )
 
 
 def mask_size(path: Path | str) -> tuple[int, int]:
@@ -125,7 +150,8 @@ def read_mask(path: Path | str, refuse_shades: bool = True) -> UInt8[np.ndarray,
     `refuse_shades=False` is for predictions and truth: scarcely visible objects are no error there.
 
     Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
-    instead of ids, has ids above 255, or has the in-between values of an anti-aliased drawing.
+    instead of ids, has ids above 255, has the in-between values of an anti-aliased drawing, or is
+    indexed with black (the background, to whoever drew it) at another index than 0.
     """
     return decode_mask(Path(path).read_bytes(), str(path), refuse_shades)
 
@@ -140,7 +166,9 @@ def decode_mask(
     file = io.BytesIO(data)
     _check_complete(file, name)
     _check_holds_ids(_open_image(file, name), name)
-    label = np.array(_decode(file, name))
+    image = _decode(file, name)
+    label = np.array(image)
+    _check_background(image, label, name)
     bits = data[_PNG_BITS]
     if data[_PNG_COLOURS] == _PNG_GREY and bits in _GREY_STEPS:
         label //= _GREY_STEPS[bits]
@@ -158,13 +186,13 @@ def check_label(
     """
     array = np.asarray(array)
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name}: shape {array.shape}; expected object ids, [height, width]")
+        raise BadFile(f"{name}: shape {array.shape}; expected object ids, [height, width]")
     if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name}: values of type {array.dtype}; expected integer object ids")
+        raise BadFile(f"{name}: values of type {array.dtype}; expected integer object ids")
     if array.dtype not in (np.bool_, np.uint8):
         low, high = array.min(), array.max()
         if low < 0 or high > 255:
-            raise ValueError(f"{name}: ids from {low} to {high}; expected object ids 0 to 255")
+            raise BadFile(f"{name}: ids from {low} to {high}; expected object ids 0 to 255")
     label = np.ascontiguousarray(array, np.uint8)
     if refuse_shades:
         _check_not_anti_aliased(label, name)
@@ -230,8 +258,25 @@ def _natural_order(stem: str) -> list[tuple[int, str]]:
 def _check_holds_ids(image: Image.Image, path: Path | str) -> None:
     if image.format != "PNG" or image.mode not in _ID_MODES:
         found = f"{image.mode} colours" if image.format == "PNG" else f"a {image.format} file"
-        raise ValueError(
+        raise BadFile(
             f"{path}: {found}; expected an indexed or grey PNG whose values are object ids"
+        )
+
+
+def _check_background(image: Image.Image, label: np.ndarray, name: str) -> None:
+    """Raises ValueError if the palette shows black, which is used, and another colour as index 0.
+
+    Programs that optimise palettes order the colours anew: indices are then no ids.
+    """
+    if image.mode != "P":
+        return
+    colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3).astype(int).sum(axis=1)
+    black = np.flatnonzero(colours == 0)
+    used = np.intersect1d(black, ids_in(label))
+    if len(used) and black[0] != 0:
+        raise BadFile(
+            f"{name}: the colour of index 0 is not black and that of index {used[0]} is: an "
+            "optimised palette, say; expected indices that are object ids, 0 the background"
         )
 
 
@@ -240,7 +285,7 @@ def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
     try:
         return Image.open(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
+        raise BadFile(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
 
 
 def _decode(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
@@ -253,7 +298,7 @@ def _decode(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
         image.load()
         return image
     except (OSError, SyntaxError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged picture ({error})") from error
+        raise BadFile(f"{path}: damaged picture ({error})") from error
 
 
 def _check_complete(file: io.BufferedIOBase, path: Path | str) -> None:
@@ -276,7 +321,7 @@ def _check_complete(file: io.BufferedIOBase, path: Path | str) -> None:
         complete = length > 0
     file.seek(0)
     if not complete:
-        raise ValueError(f"{path}: a picture cut short, its end is missing after {length} bytes")
+        raise BadFile(f"{path}: a picture cut short, its end is missing after {length} bytes")
 
 
 def _has_jpeg_end(data: bytes) -> bool:
@@ -306,7 +351,7 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
     suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
     if len(ids) > MAX_IDS_IN_MASK or mostly_edges:
-        raise ValueError(
+        raise BadFile(
             f"{name}: {len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
             f" or resized mask; expected hard edges and at most {MAX_IDS_IN_MASK} objects"
         )

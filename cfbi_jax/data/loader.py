@@ -10,6 +10,10 @@ nothing else has to be saved, and neither the number of workers nor that of host
 """
 
 import gc
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
@@ -20,6 +24,7 @@ from jaxtyping import Int, UInt8
 
 from cfbi_jax.data.clips import Clip, ClipOptions, ClipSource, sample_clip
 
+PARENT_SECONDS = 1  # how often a worker looks whether its parent lives
 OBJECT_TRIES = 64  # clips looked at before saying that none of them shows an object
 
 
@@ -76,7 +81,8 @@ class Clips:
             raise ValueError(
                 f"none of the first {tried} clips shows an object of more than "
                 f"{self.options.min_object_pixels} pixels in a reference of more than "
-                f"{self.options.min_reference_pixels}; expected masks with objects"
+                f"{self.options.min_reference_pixels}; expected masks with objects (255 is "
+                "nobody's: for DAVIS with masks of 0 and 255 set year=2016)"
             )
 
 
@@ -119,9 +125,22 @@ def batches(
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     stream = dataset.to_iter_dataset(reading)
     if workers:
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
     with closing(_copies(stream)) as iterator:
         yield iterator
+
+
+def _begin_worker(*_) -> None:
+    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os._exit(1)
 
 
 def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:

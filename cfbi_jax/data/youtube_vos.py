@@ -102,7 +102,7 @@ def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]
             f"{path}: no such file; splits with one: {', '.join(splits) or 'none'}"
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, no JSON ({error})") from error
     videos = _mapping(content, "videos", f"{path}")

@@ -378,8 +378,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def build_model(config: Mapping[str, Any]) -> CFBI:
     """The network that a mapping of `CFBI`'s fields describes (a `ConfigDict`, a JSON object).
 
-    Raises ValueError for a field that `CFBI` does not have or a type that is none of float32,
-    bfloat16 and float16.
+    Raises ValueError for a field that `CFBI` does not have, a type that is none of float32,
+    bfloat16 and float16, or a number out of its range.
     """
     known = set(model_config(CFBI()))
     values = {}
@@ -392,8 +392,19 @@ def build_model(config: Mapping[str, Any]) -> CFBI:
             value = jnp.dtype(value).type
         elif isinstance(value, (list, tuple)):
             value = tuple(value)
+        _check_field(field, value)
         values[field] = value
     return CFBI(**values)
+
+
+def _check_field(field: str, value: Any) -> None:
+    """Raises ValueError for numbers out of range: widths, depths, windows, rates, dropout."""
+    if field == "dropout" and not 0 <= value < 1:
+        raise ValueError(f"model field dropout is {value}; expected 0 or more, below 1")
+    numbers = value if isinstance(value, tuple) else (value,)
+    whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool)]
+    if value == () or any(n < 1 for n in whole):
+        raise ValueError(f"model field {field} is {value}; expected 1 or more")
 
 
 def model_config(model: CFBI) -> dict[str, Any]:

@@ -43,7 +43,9 @@ PROFILED_STEPS = 3
 
 
 class Stopped(Exception):
-    """SIGTERM came; all is saved."""
+    """`signal` came, SIGTERM or SIGINT; all is saved."""
+
+    signal = signal.SIGTERM
 
 
 def run(training: Training) -> None:
@@ -108,7 +110,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
-    stopping = stack.enter_context(_Sigterm(store))
+    stopping = stack.enter_context(_Signals(store))
     stream = loader.batches(
         training.clips,
         config.batch_size,
@@ -122,13 +124,13 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     train_step = make_train_step(model, image_format, tx, training.options, mesh)
 
     def stopped(step: int) -> Stopped:
-        return Stopped(f"SIGTERM: step {step} of {last_step} is saved; repeat the command")
+        return Stopped(f"step {step} of {last_step} is saved; repeat the command")
 
     def stop(state: TrainState, step: int) -> None:
         _check_finite(training, state)
         store.save(state)
         store.wait()
-        raise stopped(step)
+        raise stopping.by_signal(stopped(step))
 
     # ---- Steps ----
     if scores.due(first_step):  # the run was stopped during this evaluation
@@ -212,29 +214,32 @@ def _evaluate_best(training: Training) -> None:
 # ------------------------------------------------------------------------------------------ parts
 
 
-class _Sigterm:
-    """Whether SIGTERM came, so that the run is to save and stop.
+class _Signals:
+    """Whether SIGTERM or Ctrl-C came, so that the run is to save and stop; a second Ctrl-C does not
+    wait for that.
 
-    Among several processes JAX catches the signal, and all of them agree on a step.
+    Among several processes JAX catches SIGTERM, and all of them agree on a step.
     """
 
     def __init__(self, store: Checkpoints):
         self._store = store
         self._alone = jax.process_count() == 1
-        self._received = False
+        self._received = 0  # the signal's number
         self._saved: Stopped | None = None
 
-    def __enter__(self) -> "_Sigterm":
+    def __enter__(self) -> "_Signals":
         if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+            numbers = signal.SIGTERM, signal.SIGINT
+            self._before = {n: signal.signal(n, self._receive) for n in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def __call__(self, step: int) -> bool:
-        return self._received if self._alone else self._store.reached_preemption(step)
+        return bool(self._received) if self._alone else self._store.reached_preemption(step)
 
     @contextlib.contextmanager
     def at_once(self, stopped: Stopped) -> Iterator[None]:
@@ -242,15 +247,21 @@ class _Sigterm:
         self._saved = stopped
         try:
             if self._received:
-                raise stopped
+                raise self.by_signal(stopped)
             yield
         finally:
             self._saved = None
 
-    def _receive(self, *_) -> None:
-        self._received = True
+    def by_signal(self, stopped: Stopped) -> Stopped:
+        stopped.signal = self._received or signal.SIGTERM
+        return stopped
+
+    def _receive(self, number: int, _) -> None:
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
         if self._saved is not None:
-            raise self._saved
+            raise self.by_signal(self._saved)
 
 
 @contextlib.contextmanager

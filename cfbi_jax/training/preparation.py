@@ -5,7 +5,9 @@ import dataclasses
 import fcntl
 import json
 import logging
+import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from cfbi_jax.weights.initial import initial_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 CALIBRATION_CLIPS = 16
+BATCHES_PER_WORKER = 4  # in shared memory at a time (measured), one more is being copied
 
 
 class Refused(OSError):
@@ -57,6 +60,17 @@ class Training:
 def prepare(config: ConfigDict, workdir: Path) -> Training:
     """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
     _check_numbers(config)
+    for field in ("checkpoint", "untrained"):
+        if config[field]:
+            raise ValueError(
+                f"config.{field} is {config[field]!r}, which is for config.mode=eval, and "
+                f"config.mode is {config.mode!r}; config.init_from is what a training starts from"
+            )
+    if config.freeze_backbone and not config.init_from:
+        raise ValueError(
+            "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
+            "random; expected weights of a backbone, or freeze_backbone=False"
+        )
     check_writable(workdir)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     parts = mesh.size * config.accumulate
@@ -89,6 +103,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     if begun:
         _check_unchanged(begun["run"], plain, workdir)
     clips.check_objects()
+    _check_shared_memory(config)
+    if config.warmup_steps > config.num_train_steps:
+        LOGGER.warning(
+            "the learning rate rises until step %d, and the run ends at step %d, below %g",
+            config.warmup_steps,
+            config.num_train_steps,
+            config.learning_rate,
+        )
     LOGGER.info(
         "%d videos to train on, %d clips an epoch, %d epochs",
         sum(len(source) for source in clips.sources),
@@ -140,12 +162,19 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
         if config[name] < 1:
             raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed is {config.seed}; expected less than 2**32")
     at_least_0 = ("seed", "workers", "threads", "learning_rate", "min_learning_rate")
     at_least_0 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps")
     for name in (*at_least_0, "picture_every_steps", "warmup_steps", "weight_decay"):
-        if config[name] < 0:
+        if not 0 <= config[name] < math.inf:
             raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
-    if config.max_gradient_norm <= 0:
+    if config.learning_rate < config.min_learning_rate:
+        raise ValueError(
+            f"config.learning_rate is {config.learning_rate}, and config.min_learning_rate "
+            f"{config.min_learning_rate}, which no rate is below; expected a smaller one"
+        )
+    if not config.max_gradient_norm > 0:
         raise ValueError(
             f"config.max_gradient_norm is {config.max_gradient_norm}; expected more than 0 (inf: "
             "no limit)"
@@ -159,6 +188,23 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("sequential_start", "mining_end"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
+
+
+def _check_shared_memory(config: ConfigDict) -> None:
+    """Raises OSError where the batches of the worker processes do not fit into shared memory."""
+    folder = Path("/dev/shm")
+    if not config.workers or not folder.is_dir():
+        return
+    pixels = config.clips.crop_size**2 * (2 + config.clips.num_current)
+    batch = config.batch_size // jax.process_count() * pixels * 4  # RGB and labels
+    needed = (BATCHES_PER_WORKER * config.workers + 1) * batch
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} (shared memory) has {free >> 20} MiB left; {config.workers} worker "
+            f"processes need {-(-needed >> 20)} MiB for their batches: a larger one (for "
+            "containers --shm-size), or --config.workers=0"
+        )
 
 
 def _share(config: ConfigDict, name: str) -> int:

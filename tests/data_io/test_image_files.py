@@ -245,6 +245,19 @@ def test_legal_masks_are_not_taken_for_anti_aliased(kind, mask):
     np.testing.assert_array_equal(image_files.check_label(mask, kind), mask)
 
 
+def test_indices_of_an_optimised_palette_are_no_ids(tmp_path):
+    """Pillow's `quantize` orders the colours anew: black, the background, is no longer index 0."""
+    label = np.zeros((40, 56), np.uint8)
+    label[4:30, 4:50] = 1
+    label[10:20, 20:40] = 2
+    path = tmp_path / "drawn.png"
+    Image.fromarray(image_files.VOC_PALETTE[label]).quantize(8).save(path)
+    background = np.array(Image.open(path))[0, 0]
+    assert background != 0
+    with pytest.raises(ValueError, match=rf"drawn\.png: .*index 0 .*index {background} "):
+        image_files.read_mask(path)
+
+
 def test_labels_from_python_are_checked():
     for array in (np.eye(4, dtype=bool), np.eye(4, dtype=np.int64), np.eye(4, dtype=np.uint16)):
         label = image_files.check_label(array, "first mask")
@@ -326,6 +339,11 @@ def test_frames_are_listed_by_number(tmp_path):
     (tmp_path / "frame9.jpg").touch()
     with pytest.raises(ValueError, match=r"frame9\.png: the same frame as frame9\.jpg"):
         image_files.list_frames(tmp_path)
+    for name in ("0.jpg", "1.jpg", "first_mask.png"):
+        (tmp_path / "numbers" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "numbers" / name).touch()
+    with pytest.raises(ValueError, match=r"first_mask\.png: no number, unlike 0\.jpg"):
+        image_files.list_frames(tmp_path / "numbers")
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         image_files.list_frames(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -234,8 +235,19 @@ def test_records_may_move(root, tmp_path):
 
 
 def change(root):
-    with mask_file(root, 1).open("ab") as file:
+    with frame_file(root, 1).open("ab") as file:
         file.write(b"end")
+
+
+def mend(root):
+    """Another palette, in a file of the same size."""
+    path = mask_file(root, 1)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"PLTE")
+    end = start + 4 + int.from_bytes(data[start - 4 : start], "big")
+    data[end - 1] ^= 1
+    data[end : end + 4] = zlib.crc32(data[start:end]).to_bytes(4, "big")
+    path.write_bytes(data)
 
 
 def remove(root):
@@ -259,7 +271,8 @@ def reorder(root):
 @pytest.mark.parametrize(
     ("edit", "difference"),
     [
-        (change, r"mask synthetic-0002/00001\.png has \d+ bytes, in the records \d+"),
+        (change, r"frame synthetic-0002/00001\.jpg has \d+ bytes, in the records \d+"),
+        (mend, r"mask synthetic-0002/00001\.png is another file than the one in the records"),
         (remove, r"frame synthetic-0002/00002\.jpg is in the records only"),
         (add, r"frame synthetic-0002/00003\.jpg is not in the records"),
         (remove_a_sequence, r"frame synthetic-0002/00000\.jpg is in the records only"),
@@ -430,7 +443,7 @@ def test_davis_builder(root, tmp_path, config):
     video = records.RecordVideos(builder.data_path).video(1)
     assert video.mask(0)[0, 0] == {"2016": 1, "2017": 255}[config]
     change(root)
-    with pytest.raises(ValueError, match=r"made from other files .* mask synthetic-0002/00001"):
+    with pytest.raises(ValueError, match=r"made from other files .* frame synthetic-0002/00001"):
         builder.download_and_prepare()
 
 
@@ -456,6 +469,7 @@ def test_youtube_vos_builder(youtube_root, tmp_path):
 
 LIGHT = """
 import sys
+import zlib
 def no_network(event, args):
     assert event not in ("socket.connect", "socket.getaddrinfo"), args
 sys.addaudithook(no_network)

@@ -273,7 +273,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(config
         file.write(b'{"step": 7, "lo')  # half a line
     status, text = end_of(command(config, out, code=signal_after_line(5, signal.SIGTERM)))
     assert status == 128 + signal.SIGTERM, text
-    assert "SIGTERM: step 5 of 8 is saved; repeat the command" in text
+    assert "step 5 of 8 is saved; repeat the command" in text
     assert checkpoint_steps(out) == [2, 4, 5] and list(losses(out)) == [1, 2, 3, 4, 5]
 
     run(config, out)
@@ -364,19 +364,22 @@ def evaluations(config, davis, monkeypatch):
     return results
 
 
-def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path, number):
     """At once, as all is saved; the command goes on with it, and knows the scores before."""
     out = tmp_path / "out"
 
-    def sigterm():
-        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.getsignal(number)
+
+    def send():
+        os.kill(os.getpid(), number)
         time.sleep(60)
         raise AssertionError("the signal was not heard")
 
-    evaluations[:] = [0.9, sigterm]
-    with pytest.raises(loop.Stopped, match="step 8 of 8 is saved"):
+    evaluations[:] = [0.9, send]
+    with pytest.raises(loop.Stopped, match="step 8 of 8 is saved") as stopped:
         run(config, out)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stopped.value.signal == number and signal.getsignal(number) == before
     evaluations[:] = [0.5, None]
     run(config, out)
     assert not evaluations

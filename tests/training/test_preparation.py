@@ -131,6 +131,44 @@ def negative_rate(config, root):
     config.learning_rate = -0.1
 
 
+def rate_that_is_no_number(config, root):
+    config.learning_rate = float("nan")
+
+
+def rate_below_the_smallest(config, root):
+    config.learning_rate = 1e-6
+
+
+def random_frozen_backbone(config, root):
+    config.init_from, config.freeze_backbone = "", True
+
+
+def what_only_an_evaluation_takes(config, root):
+    config.checkpoint = "elsewhere"
+
+
+def dropout_of_all(config, root):
+    config.model.dropout = 1.0
+
+
+def no_windows(config, root):
+    config.model.windows = ()
+
+
+def void_masks(config, root):
+    """0 and 255, which in 2017 is nobody's."""
+    for path in (root / "Annotations/480p/synthetic-0000").iterdir():
+        Image.fromarray(255 * (np.array(Image.open(path)) > 0).astype(np.uint8)).save(path)
+
+
+def no_shared_memory(config, root):
+    config.workers = 1_000_000
+
+
+def list_in_utf16(config, root):
+    (root / "ImageSets/2017/train.txt").write_text("synthetic-0000", encoding="utf-16")
+
+
 def no_gradient(config, root):
     config.max_gradient_norm = 0.0
 
@@ -192,6 +230,18 @@ def nothing_to_evaluate(config, root):
         (other_size, ["synthetic-0000/00002.png", "40 x 30", "40 x 56"]),
         (shades, ["synthetic-0000/00002.png", "anti-aliased"]),
         (negative_rate, ["config.learning_rate is -0.1; expected 0 or more"]),
+        (rate_that_is_no_number, ["config.learning_rate is nan; expected 0 or more"]),
+        (
+            rate_below_the_smallest,
+            ["config.learning_rate is 1e-06, and", "min_learning_rate 1e-05"],
+        ),
+        (random_frozen_backbone, ["config.freeze_backbone is True and config.init_from is empty"]),
+        (what_only_an_evaluation_takes, ["config.checkpoint is 'elsewhere'", "config.init_from"]),
+        (dropout_of_all, ["dropout is 1.0; expected 0 or more, below 1"]),
+        (no_windows, ["windows is (); expected 1 or more"]),
+        (void_masks, ["none of the first 4 clips", "set year=2016"]),
+        (no_shared_memory, ["/dev/shm (shared memory)", "1000000 worker", "--config.workers=0"]),
+        (list_in_utf16, ["train.txt", "expected a list in UTF-8"]),
         (no_gradient, ["config.max_gradient_norm is 0.0; expected more than 0"]),
         (endless_momentum, ["config.momentum is 1.0; expected 0 or more, below 1"]),
         (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
