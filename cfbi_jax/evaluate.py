@@ -1,7 +1,7 @@
 """Evaluation from start to end: weights and a data set in; PNGs, scores and a zip out.
 
 OUT/Annotations/<video>/00000.png      masks, indexed, at the video's size
-OUT/submission.zip                     what the data set's server expects
+OUT/submission.zip                     what the data set's server expects, of all its videos
 OUT/*_results-<split>.csv              the official tool's tables, where there is truth
 OUT/overlays/<video>.png               with --config.overlays=True
 """
@@ -63,6 +63,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
     check_videos(videos, options.max_objects)
+    _check_apart(videos, workdir)
     LOGGER.info(
         "%d videos, %d frames of %s%s",
         len(videos),
@@ -104,12 +105,17 @@ def run(
     Returns the scores, where there is truth and this process finished the last video. `quiet`: no
     table is shown.
     """
-    workdir, videos = evaluation.workdir, evaluation.videos
+    workdir, videos, made_by = evaluation.workdir, evaluation.videos, evaluation.made_by
+    archive, split = workdir / "submission.zip", _split_name(evaluation.data)
+    finished = all(dataset.is_finished(video, workdir, made_by) for video in videos)
+    if evaluation.overwrite or not finished:
+        report.remove_tables(workdir, split)  # they are of other masks than those to come
+        archive.unlink(missing_ok=True)
     done = dataset.segment_videos(
         evaluation.segmenter,
         videos,
         workdir,
-        evaluation.made_by,
+        made_by,
         evaluation.overwrite,
         evaluation.overlays,
     )
@@ -132,13 +138,15 @@ def run(
         return None
 
     # Another process, with other weights or options, may have done some since the first look.
-    dataset.check_made_by(videos, workdir, evaluation.made_by)
+    dataset.check_made_by(videos, workdir, made_by)
     results = dataset.results_folder(workdir)
-    names = [video.name for video in videos]
-    layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
-    write_zip(results, workdir / "submission.zip", layout, names)
-    LOGGER.info("wrote %s", workdir / "submission.zip")
     scores = score(evaluation.data, videos, results, workdir, quiet)
+    if evaluation.data.sequences:
+        LOGGER.info("no %s: config.data.sequences names some videos only", archive)
+    else:
+        layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
+        write_zip(results, archive, layout, [video.name for video in videos])
+        LOGGER.info("wrote %s", archive)
     if evaluation.overlays:
         LOGGER.info("pictures of the masks: %s", workdir / "overlays")
     return scores
@@ -151,8 +159,10 @@ def score(
     output: Path,
     quiet: bool = False,
 ) -> davis_scores.Scores | youtube_vos_scores.Scores | None:
-    """Writes the tables where the data set has truth, and shows them."""
-    report.remove_tables(output, data.split)
+    """Writes the tables where the data set has truth, and shows them. Those of some videos only
+    (`data.sequences`) are called so."""
+    split = _split_name(data)
+    report.remove_tables(output, split)
     if not all(video.truth for video in videos):
         LOGGER.info("%s %s has no public truth here: not scored", data.dataset, data.split)
         return None
@@ -163,6 +173,7 @@ def score(
         except youtube_vos_scores.NothingToScore as error:
             LOGGER.warning("%s: not scored", error)
             return None
+        scores = dataclasses.replace(scores, split=split)
         show = report.print_youtube_vos
         paths = report.write_youtube_vos_tables(scores, output)
     else:
@@ -175,6 +186,7 @@ def score(
         scores = davis_scores.score_davis(
             data.root, results, data.year, data.split, data.resolution, names
         )
+        scores = dataclasses.replace(scores, split=split)
         show = report.print_davis
         paths = report.write_davis_tables(scores, output)
     if not quiet:
@@ -195,11 +207,31 @@ def summary(
     return {"J&F": scores.j_and_f, "J": scores.region.mean, "F": scores.boundary.mean}
 
 
+def _split_name(data: ConfigDict) -> str:
+    return f"{data.split}-subset" if data.get("sequences") else data.split
+
+
+def _check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
+    """Raises ValueError where masks would be written over the data set's own files."""
+    results = dataset.results_folder(workdir).resolve()
+    inputs = ((*v.frames, *v.given.values(), *v.truth.values()) for v in videos)
+    for folder in {path.parent for paths in inputs for path in paths}:
+        if folder.resolve().is_relative_to(results):
+            raise ValueError(
+                f"--workdir is {workdir}, and the data set's files in {folder} are where its masks "
+                "would be written; expected another --workdir"
+            )
+
+
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:
     if data.dataset not in DATASETS:
         raise ValueError(f'config.data.dataset is "{data.dataset}"; expected one of {DATASETS}')
     if not data.root:
         raise ValueError("config.data.root is empty; expected the folder of the data set")
+    if data.all_frames and data.dataset != "youtube_vos":
+        raise ValueError(
+            f"config.data.all_frames is for YouTube-VOS; {data.dataset} has masks for all frames"
+        )
     names = split_names(data.sequences) or None
     if data.dataset == "youtube_vos":
         return youtube_vos.evaluation_videos(data.root, data.split, data.all_frames, names)

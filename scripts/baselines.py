@@ -208,6 +208,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     has_source = bool(found.checkpoint or found.config or found.backbone)
     if has_source != (found.method == "nearest"):
         parser.error("--method nearest, and no other, takes --checkpoint, --config or --backbone")
+    if found.sequences is not None and not found.sequences:
+        parser.error("--sequences names no sequence")
     if found.neighbours < 1:
         parser.error(f"--neighbours is {found.neighbours}; expected 1 or more")
     return found
@@ -249,6 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
             "year": arguments.year,
             "split": arguments.split,
             "resolution": arguments.resolution,
+            "sequences": arguments.sequences,
         }
     )
     means = evaluate.summary(evaluate.score(data, videos, results, output))

@@ -38,7 +38,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder of the tables; default: --results")
     parser.add_argument("--threads", type=int, help="default: one per core")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if found.seen_categories is not None and found.dataset != "youtube_vos":
+        parser.error(f"--seen-categories is for youtube_vos; --dataset is {found.dataset}")
+    return found
 
 
 def main(arguments: argparse.Namespace) -> None:

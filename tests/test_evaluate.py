@@ -270,7 +270,8 @@ def test_two_runs_do_not_mix_in_one_folder(config, tmp_path):
 
 
 def test_an_interrupted_replacement_is_unfinished(config, tmp_path, monkeypatch):
-    """Half of its masks are of the old weights."""
+    """Half of its masks are of the old weights: no table and no zip is left, and the same command
+    without `overwrite` goes on."""
     out = tmp_path / "out"
     run(config, out)
     config.overwrite = True
@@ -284,7 +285,51 @@ def test_an_interrupted_replacement_is_unfinished(config, tmp_path, monkeypatch)
     monkeypatch.setattr(evaluation.segmenter, "segment", segment)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(evaluation)
-    assert dataset.unfinished(evaluation.videos, out) == ["synthetic-0000"]
+    assert dataset.unfinished(evaluation.videos, out) == ["synthetic-0000", "synthetic-0001"]
+    assert not (out / "submission.zip").exists() and not list(out.glob("*.csv"))
+    monkeypatch.undo()
+    config.overwrite = False
+    run(config, out)
+    assert (out / "submission.zip").exists() and len(list(out.glob("*.csv"))) == 3
+
+
+def test_a_lost_mask_or_record_is_made_again(config, tmp_path):
+    out = tmp_path / "out"
+    run(config, out)
+    before = (out / "submission.zip").read_bytes()
+    (out / "Annotations" / "synthetic-0001" / "00002.png").unlink()
+    (out / "segmented" / "synthetic-0000.json").write_bytes(b"")
+    run(config, out)
+    assert (out / "submission.zip").read_bytes() == before
+
+
+def test_some_videos_are_no_submission(config, tmp_path):
+    out = tmp_path / "out"
+    run(config, out)
+    names = "submission.zip", "global_results-val.csv"
+    before = [(out / name).read_bytes() for name in names]
+    config.data.sequences = "synthetic-0001"
+    run(config, out)
+    assert [(out / name).read_bytes() for name in names] == before
+    assert (out / "global_results-val-subset.csv").exists()
+
+
+def test_masks_are_not_written_over_the_data_set(config, davis):
+    """`Annotations` without a resolution is where the masks of a work directory lie."""
+    for kind in ("JPEGImages", "Annotations"):
+        for folder in (davis / kind / "480p").iterdir():
+            folder.rename(davis / kind / folder.name)
+    before = masks_of(davis / "Annotations")
+    config.data.resolution = ""
+    with pytest.raises(ValueError, match="--workdir is .* where its masks would be written"):
+        evaluate.prepare(config, davis)
+    assert all((mask == before[p]).all() for p, mask in masks_of(davis / "Annotations").items())
+
+
+def test_all_frames_are_asked_for_where_they_are_anyway(config, tmp_path):
+    config.data.all_frames = True
+    with pytest.raises(ValueError, match=r"config\.data\.all_frames is for YouTube-VOS"):
+        evaluate.prepare(config, tmp_path / "out")
 
 
 def test_overlays_of_finished_videos(config, davis, tmp_path):

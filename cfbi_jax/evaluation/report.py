@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cfbi_jax.data.image_files import write_file
@@ -101,7 +102,7 @@ def print_davis(scores: davis.Scores, console: Console | None = None) -> None:
     per_object = _table("Per object", ("Object", *OBJECT_MEASURES))
     for o in scores.objects:
         per_object.add_row(
-            f"{o.sequence}_{o.object_id}", *(f"{value:.3f}" for value in _object_values(o))
+            escape(f"{o.sequence}_{o.object_id}"), *(f"{value:.3f}" for value in _object_values(o))
         )
     console.print(per_object)
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import ids_in, image_size
+from cfbi_jax.data.image_files import BadFile, ids_in, image_size
 from cfbi_jax.data.videos import check_names, read_label
 from cfbi_jax.data.youtube_vos import read_meta
 
@@ -77,7 +77,7 @@ def write_zip(
         raise FileNotFoundError(f"{results_folder}: no masks of {missing or 'any sequence'}")
     for name, path in files.items():
         if name.count("/") != 1 or path.suffix != ".png":
-            raise ValueError(f"{path}: expected only <sequence>/<frame>.png in {results_folder}")
+            raise BadFile(f"{path}: expected only <sequence>/<frame>.png in {results_folder}")
 
     zip_path = Path(zip_path)
     zip_path.parent.mkdir(parents=True, exist_ok=True)
@@ -297,8 +297,12 @@ def _content_problem(read: Callable[[], bytes], expected: ExpectedSequence) -> s
                     f"{expected.size[0]} x {expected.size[1]}"
                 )
             ids = set(ids_in(np.array(image)).tolist()) - {0}
+    except NotImplementedError:
+        return "packed by a method that Python cannot read, expected a zip stored or deflated"
     except (OSError, EOFError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error):
         return "not a picture, or damaged"
+    except Image.DecompressionBombError:
+        return "a picture far too large"
     if expected.ids is None:
         return f"{len(ids)} different ids, expected a single object" if len(ids) > 1 else None
     if not ids <= expected.ids:

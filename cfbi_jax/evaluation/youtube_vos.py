@@ -94,7 +94,8 @@ def score_youtube_vos(
     Raises:
       FileNotFoundError: for a missing `meta.json`, true mask or prediction.
       ValueError: for an unknown video, a malformed `meta.json`, a prediction of another kind or
-        size, or one that holds an id that is not in `meta.json`; `NothingToScore`.
+        size, or one that holds an id that is not in `meta.json`; `seen_categories` that no object
+        has, or objects without a category beside them; `NothingToScore`.
     """
     root, results = Path(root), Path(results)
     if not results.is_dir():
@@ -104,6 +105,8 @@ def score_youtube_vos(
         check_names("video", videos, meta, root / split / "meta.json")
         meta = {video: meta[video] for video in videos}
     seen = _seen_categories(root, seen_categories)
+    if seen_categories is not None:
+        _check_categories(seen, meta, root / split / "meta.json")
 
     pairs = {
         video: _frame_pairs(root / split / "Annotations" / video, results / video, objects)
@@ -136,6 +139,19 @@ def _seen_categories(root: Path, given: Collection[str] | None) -> frozenset[str
         return None
     meta = read_meta(root, "train")
     return frozenset(o.category for objects in meta.values() for o in objects.values())
+
+
+def _check_categories(
+    seen: frozenset[str], meta: Mapping[str, Mapping[int, ObjectEntry]], path: Path
+) -> None:
+    found = {o.category for objects in meta.values() for o in objects.values()}
+    if "" in found:
+        raise ValueError(f"{path}: an object has no category; expected one, to tell the seen ones")
+    if not seen & found:
+        raise ValueError(
+            f"seen categories {sorted(seen)}: no object of {path} has one of them; it has "
+            f"{sorted(found)}"
+        )
 
 
 def _frame_pairs(

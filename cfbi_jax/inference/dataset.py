@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import rich
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cfbi_jax.data.image_files import (
@@ -68,7 +69,8 @@ def segment_videos(
     Args:
       made_by: what the results depend on beside the video itself, JSON values; stored with every
         finished video.
-      overwrite: do videos again that were finished before this call.
+      overwrite: do videos again that were finished before this call. Their records go first: an
+        interrupted call goes on without it.
       overlays: also write OUT/overlays/<video>.png, a strip of a few frames.
 
     Returns the videos that this process did. Raises ValueError, before anything is computed, where
@@ -78,13 +80,15 @@ def segment_videos(
         check_made_by(videos, output, made_by)
     records = output / "segmented"
     records.mkdir(parents=True, exist_ok=True)
-    start = time.time()
+    if overwrite:
+        for video in videos:
+            _record(video, output).unlink(missing_ok=True)
     done: list[Segmented] = []
     with _Meter(videos) as meter:
         for video in videos:
-            record = records / f"{video.name}.json"
+            record = _record(video, output)
             with _hold(records / f"{video.name}.lock") as held:
-                finished = record.exists() and not (overwrite and record.stat().st_mtime < start)
+                finished = _finished_by(video, output) is not None
                 if not held or finished:
                     reason = "another process is at work on it"
                     if held:  # perhaps by another process, and since the check above
@@ -117,10 +121,9 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
     """Raises ValueError, with a list of the differences, if finished videos in `output` were made
     by something else than `made_by`."""
     for video in videos:
-        record = output / "segmented" / f"{video.name}.json"
-        if not record.exists():
+        found, now = _finished_by(video, output), _made_by(made_by, video)
+        if found is None:
             continue
-        found, now = json.loads(record.read_text())["made_by"], _made_by(made_by, video)
         different = [
             f"{key}: {found.get(key)!r} there, {now.get(key)!r} now"
             for key in sorted(set(found) | set(now))
@@ -128,7 +131,7 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
         ]
         if different:
             raise ValueError(
-                f"{record}: the finished results were made by something else:\n  "
+                f"{_record(video, output)}: the finished results were made by something else:\n  "
                 + "\n  ".join(different)
                 + "\nchoose another --workdir, or --config.overwrite=True to replace them"
             )
@@ -149,7 +152,31 @@ def _made_by(made_by: Mapping, video: EvaluationVideo) -> dict:
 
 def unfinished(videos: Sequence[EvaluationVideo], output: Path) -> list[str]:
     """Names of the videos without a finished result: those that other processes still work on."""
-    return [v.name for v in videos if not (output / "segmented" / f"{v.name}.json").exists()]
+    return [video.name for video in videos if _finished_by(video, output) is None]
+
+
+def is_finished(video: EvaluationVideo, output: Path, made_by: Mapping) -> bool:
+    """Whether all masks of a video are there, made by `made_by`."""
+    return _finished_by(video, output) == _made_by(made_by, video)
+
+
+def _record(video: EvaluationVideo, output: Path) -> Path:
+    return output / "segmented" / f"{video.name}.json"
+
+
+def _finished_by(video: EvaluationVideo, output: Path) -> dict | None:
+    """What made a video's masks; None where its record is missing or damaged, or a mask missing."""
+    try:
+        made_by = json.loads(_record(video, output).read_text())["made_by"]
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+    folder = results_folder(output) / video.name
+    there = {path.name for path in folder.glob("*.png")}
+    return made_by if there >= _mask_names(video) else None
+
+
+def _mask_names(video: EvaluationVideo) -> set[str]:
+    return {f"{video.frames[index].stem}.png" for index in video.save}
 
 
 def _segment_video(
@@ -165,8 +192,7 @@ def _segment_video(
         palette = VOC_PALETTE
     folder = results_folder(output) / video.name
     folder.mkdir(parents=True, exist_ok=True)
-    save, times = set(video.save), []
-    names = {f"{video.frames[index].stem}.png" for index in save}
+    save, names, times = set(video.save), _mask_names(video), []
     for path in folder.glob("*.png"):  # of an earlier run with other frames
         if path.name not in names:
             path.unlink()
@@ -230,7 +256,9 @@ class _Meter:
         self._done += 1
         self._left -= 1
         now = time.perf_counter()
-        self._bar.update(self._task, advance=1, description=video.name, rate=self.remaining())
+        self._bar.update(
+            self._task, advance=1, description=escape(video.name), rate=self.remaining()
+        )
         if self._bar.disable and now - self._logged > self.LOG_EVERY_SECONDS:
             self._logged = now
             LOGGER.info("%s: under way; %s", video.name, self.remaining())

@@ -1,11 +1,14 @@
 """How a video is segmented."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Options that no result depends on, but for rounding.
 BOUNDS = ("max_references", "max_objects", "memory_mib")
+MAX_OBJECTS = 254  # a pixel's row is 8 bits: the background's, the objects', and 255 for nobody's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +43,28 @@ class Options:
 
     def __post_init__(self):
         object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales is {self.scales}; expected one or more positive numbers")
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip is {self.flip!r}; expected True or False")
         for name in ("global_atrous_rate", "local_atrous_rate", "max_references"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected an integer, 1 or more")
         for name in ("matching_dtype", "compute_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; expected one of {DTYPES}')
         for name in ("max_objects", "max_long_edge", "memory_mib"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected None or 1 or more")
+            if getattr(self, name) is not None and not _is_count(getattr(self, name)):
+                found = getattr(self, name)
+                raise ValueError(f"{name} is {found}; expected None or an integer, 1 or more")
+        if self.max_objects is not None and self.max_objects > MAX_OBJECTS:
+            raise ValueError(f"max_objects is {self.max_objects}; expected at most {MAX_OBJECTS}")
 
     def check_object_count(self, count: int) -> None:
-        """Raises ValueError for more objects than `max_objects`."""
+        """Raises ValueError for more objects than `max_objects`, or than 254."""
         limit = self.max_objects
+        if count > MAX_OBJECTS:
+            raise ValueError(f"the masks hold {count} objects; expected at most {MAX_OBJECTS}")
         if limit is not None and count > limit:
             raise ValueError(
                 f"the masks hold {count} objects, and max_objects is {limit}: no row is left for "
@@ -69,3 +79,7 @@ class Options:
                 f"{video} has masks for {count} frames, and max_references is {limit}: raise "
                 "max_references (memory and the time per frame grow with the masks)"
             )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1

@@ -1,5 +1,6 @@
 """`VideoSegmenter`: propagates the masks of given frames through a video."""
 
+import operator
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,11 @@ class VideoSegmenter:
             in any mask, a frame of another size, more objects or references than the options
             allow, a mask for a frame that does not come.
         """
-        masks = {int(i): check_label(mask, f"mask of frame {i}") for i, mask in masks.items()}
+        # Copies: the caller may write over masks and frames before they are used.
+        masks = {
+            operator.index(i): np.array(check_label(mask, f"mask of frame {i}"))
+            for i, mask in masks.items()
+        }
         self._check_masks(masks)
         if isinstance(frames, Sized):
             _check_all_masks_used(masks, len(frames))
@@ -105,7 +110,7 @@ class VideoSegmenter:
         waiting: Prediction | None = None
         clock = _Clock(times)
         try:
-            for index, frame in enumerate(prefetch(frames)):
+            for index, frame in enumerate(prefetch(_copies(frames))):
                 count += 1
                 if index < first:
                     result = video.background(frame)
@@ -115,7 +120,7 @@ class VideoSegmenter:
                 finished, waiting = waiting, result
                 if finished is not None:
                     yield finished.fetch()
-        except (ValueError, OSError):
+        except Exception:
             if waiting is not None:  # what was finished before a bad frame is not lost
                 yield waiting.fetch()
             raise
@@ -161,12 +166,29 @@ class VideoSegmenter:
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
-        Raises ValueError if that is more than `memory_mib`, or for more objects or references than
-        the options allow.
+        Raises ValueError if that is more than `memory_mib`, for none or for more objects or
+        references than the options allow, or a size that is none.
         """
+        counts = {"num_objects": num_objects, "num_references": num_references}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size is {size}; expected (height, width)")
         self.options.check_object_count(num_objects)
         self.options.check_reference_count(num_references)
         return self.programs.plan(size, num_objects, num_references)
+
+
+def _copies(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames, each as it is when it comes: a source may fill one array again and again."""
+    iterator = iter(frames)
+    try:
+        for frame in iterator:
+            yield frame.copy() if isinstance(frame, np.ndarray) else frame
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
 
 
 def _check_all_masks_used(masks: Mapping[int, Label], num_frames: int) -> None:

@@ -74,7 +74,8 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     """The RGB frames of a folder of pictures or of a video file, one at a time.
 
     A folder's frames come in the order of the numbers in their names; their sizes are checked
-    here, before the first one is read. A video file is turned upright if it says how.
+    here, before the first one is read. A video file is turned upright if it says how; a picture
+    that is to be turned (EXIF) is an error, as masks drawn on the turned one would not fit.
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
     no video or picture, a frame of another size, a video file that ends too early.
@@ -84,7 +85,9 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
         paths = image_files.list_frames(source)
         size = image_files.image_size(paths[0])
         for path in paths:
-            _check_frame_size(path.name, image_files.image_size(path), size, source)
+            found = image_files.image_size(path)
+            image_files.check_upright(path)
+            _check_frame_size(path.name, found, size, source)
         return (image_files.read_frame(path) for path in paths)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such folder of frames or video file")

@@ -41,6 +41,9 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict")
+    strange = [key for key in state if not isinstance(key, str)]
+    if strange:
+        raise ValueError(f"{path}: expected names as keys of the state dict; found {strange[:5]}")
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise ValueError(f"{path}: these entries of the state dict are no tensors: {wrong[:5]}")
@@ -54,10 +57,12 @@ def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes `{'state_dict': ...}` as the official code reads it (under a temporary name first)."""
     torch = _torch()
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save({"state_dict": tensors}, temporary)
+        with temporary.open("wb") as file:
+            torch.save({"state_dict": tensors}, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -182,6 +182,12 @@ def test_damaged_and_repeated(davis, tmp_path):
     (tmp_path / "out.zip").write_bytes(data)
     problems = check_submission(tmp_path / "out.zip", root)
     assert "a: not a picture, or damaged (frame 00000)" in problems
+    for start, signature in ((8, b"PK\x03\x04"), (10, b"PK\x01\x02")):
+        at = data.index(signature) + start
+        data[at : at + 2] = (9).to_bytes(2, "little")  # Deflate64
+    (tmp_path / "out.zip").write_bytes(data)
+    problems = check_submission(tmp_path / "out.zip", root)
+    assert any("a method that Python cannot read" in problem for problem in problems)
     (tmp_path / "out.zip").write_bytes(b"no zip")
     (problem,) = check_submission(tmp_path / "out.zip", root)
     assert "not a zip" in problem

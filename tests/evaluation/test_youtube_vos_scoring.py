@@ -108,6 +108,8 @@ def test_bad_input(late_object, write_results):
         score_youtube_vos(root, results, "held_out", videos=["nobody"])
     with pytest.raises(FileNotFoundError, match=r"meta\.json"):
         score_youtube_vos(root, results, "valid")
+    with pytest.raises(ValueError, match=r"\['blobb'\]: no object of .*meta\.json has one"):
+        score_youtube_vos(root, results, "held_out", seen_categories=["blobb"])
 
     write_results(results, {"v": {"00010": square((3, 0, 0))}})
     with pytest.raises(ValueError, match=r"00010\.png.* id 3.*\[2, 5\]"):

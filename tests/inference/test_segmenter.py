@@ -282,6 +282,8 @@ def test_options_from_checkpoint(tmp_path):
     [
         (dict(scales=()), "scales"),
         (dict(scales=(1.0, -1.0)), "scales"),
+        (dict(scales=(float("nan"),)), "scales"),
+        (dict(max_objects=255), "max_objects is 255; expected at most 254"),
         (dict(global_atrous_rate=0), "global_atrous_rate is 0"),
         (dict(compute_dtype="float8"), 'compute_dtype is "float8"'),
         (dict(max_objects=0), "max_objects is 0"),
@@ -356,6 +358,35 @@ def test_bad_streams():
     label = segmenter.step(frames[2])  # what was refused leaves the video as it was
     assert label.shape == (40, 56)
     assert label.any()
+
+
+def test_more_objects_than_a_label_map_can_tell_apart(segmenter):
+    ids = np.arange(40 * 56, dtype=np.uint8).reshape(40, 56)
+    masks = {i: np.where(ids // 32 == i, ids, 0).astype(np.uint8) for i in range(8)}
+    with pytest.raises(ValueError, match="255 objects; expected at most 254"):
+        small_segmenter()._check_masks(masks)
+
+
+@pytest.mark.parametrize("counts", [(0, 1), (1, 0)])
+def test_plan_of_nothing(segmenter, counts):
+    with pytest.raises(ValueError, match="is 0; expected 1 or more"):
+        segmenter.plan((40, 56), *counts)
+
+
+def test_one_array_for_all_frames_and_a_mask_that_changes(segmenter):
+    frames, mask = random_video(5), mask_of(BOXES)
+    expected = list(segmenter.segment(frames, {0: mask}))
+
+    def camera():
+        buffer = np.empty_like(frames[0])
+        for frame in frames:
+            buffer[:] = frame
+            yield buffer
+
+    labels = segmenter.segment(camera(), {0: mask})
+    mask[:] = 0
+    for label, same in zip(labels, expected, strict=True):
+        np.testing.assert_array_equal(label, same)
 
 
 def test_frames_may_be_written_over(monkeypatch):

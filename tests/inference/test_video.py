@@ -96,6 +96,11 @@ def test_bad_folders_are_refused_before_the_first_frame(tmp_path):
     message = r"1\.jpg has 14 x 16 pixels \(height x width\); expected 12 x 16"
     with pytest.raises(ValueError, match=message):
         video.read_frames(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.new("RGB", (16, 12)).save(tmp_path / "1.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"1\.jpg: viewers turn .*orientation 3.* as stored"):
+        video.read_frames(tmp_path)
     (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"1\.jpg: a picture cut short"):
         video.read_frames(tmp_path)

@@ -93,6 +93,9 @@ def test_bad_files(tmp_path, tensors):
     torch.save({"state_dict": {"a": torch.zeros(3, dtype=torch.bfloat16)}}, path)
     with pytest.raises(ValueError, match=r"bfloat16 tensors, expected float32: \['a'\]"):
         read_pth(path)
+    torch.save({"state_dict": {1: torch.zeros(3)}}, path)
+    with pytest.raises(ValueError, match=r"expected names as keys .*\[1\]"):
+        read_pth(path)
     torch.save({"state_dict": {"a": 3}}, path)
     with pytest.raises(ValueError, match="no tensors: .*'a'"):
         read_pth(path)
@@ -108,9 +111,9 @@ def test_script_converts_and_exports(tmp_path, tensors):
     first = run("--input", source, "--output", tmp_path / "ckpt")
     assert first.returncode == 0, first.stderr
     assert "mobilenet_v2" in first.stdout
-    back = run("--export", "--input", tmp_path / "ckpt", "--output", tmp_path / "back.pth")
+    back = run("--export", "--input", tmp_path / "ckpt", "--output", tmp_path / "new" / "back.pth")
     assert back.returncode == 0, back.stderr
-    loaded = torch.load(tmp_path / "back.pth", weights_only=True)["state_dict"]
+    loaded = torch.load(tmp_path / "new" / "back.pth", weights_only=True)["state_dict"]
     assert_is_recipe({key: value.numpy() for key, value in loaded.items()})
 
     again = run("--input", source, "--output", tmp_path / "ckpt")
