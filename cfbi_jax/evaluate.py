@@ -63,7 +63,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
     check_videos(videos, options.max_objects)
-    _check_apart(videos, workdir)
+    check_apart(videos, workdir)
     LOGGER.info(
         "%d videos, %d frames of %s%s",
         len(videos),
@@ -87,6 +87,18 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     for video in videos:
         options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
+
+
+def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
+    """Raises ValueError where masks would be written over the data set's own files."""
+    results = dataset.results_folder(workdir).resolve()
+    inputs = ((*v.frames, *v.given.values(), *v.truth.values()) for v in videos)
+    for folder in {path.parent for paths in inputs for path in paths}:
+        if folder.resolve().is_relative_to(results):
+            raise ValueError(
+                f"--workdir is {workdir}, and the data set's files in {folder} are where its masks "
+                "would be written; expected another --workdir"
+            )
 
 
 def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
@@ -209,18 +221,6 @@ def summary(
 
 def _split_name(data: ConfigDict) -> str:
     return f"{data.split}-subset" if data.get("sequences") else data.split
-
-
-def _check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
-    """Raises ValueError where masks would be written over the data set's own files."""
-    results = dataset.results_folder(workdir).resolve()
-    inputs = ((*v.frames, *v.given.values(), *v.truth.values()) for v in videos)
-    for folder in {path.parent for paths in inputs for path in paths}:
-        if folder.resolve().is_relative_to(results):
-            raise ValueError(
-                f"--workdir is {workdir}, and the data set's files in {folder} are where its masks "
-                "would be written; expected another --workdir"
-            )
 
 
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:

@@ -11,10 +11,11 @@ network's own masks from the first step on; half of the clips are made of single
 of all videos get another one's objects pasted in, as 27 of the 28 have one object only.
 docs/real_video.md says why, and has the ablations.
 
-Cost: 2 s per step of 2 clips on one core of an AMD EPYC, 95 minutes in all and 5 GB of memory.
-Result, one run, J&F on 8 validation sequences with 10 objects: 0.766 (trainings with other settings
-0.68 to 0.69: docs/real_video.md). To beat (`scripts/baselines.py`): first mask repeated 0.333;
-nearest neighbours of pretrained features at stride 8, one 0.590, ten 0.597.
+Cost: 1.8 to 2.4 s per step of 2 clips on one core of an AMD EPYC, 75 to 95 minutes in all and 5 GB
+of memory. Result, J&F on 8 validation sequences with 10 objects: 0.766 with seed 0, 0.650 with seed
+1; on the seven with one object 0.817 and 0.805 (docs/real_video.md). To beat
+(`scripts/baselines.py`): first mask repeated 0.333; nearest neighbours of pretrained features at
+stride 8, one 0.590, ten 0.597.
 """
 
 from cfbi_jax.config import default_config, source

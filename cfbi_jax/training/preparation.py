@@ -10,6 +10,8 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
+from cfbi_jax.data.image_files import read_mask
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.inference.video import check_writable
@@ -126,6 +129,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     evaluation = None
     if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
+        evaluate.check_apart(evaluation.videos, workdir)  # where the best weights' masks go
+        _check_truth(evaluation)
         _check_results(config, workdir, bool(begun))
     return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
 
@@ -188,6 +193,14 @@ def _check_numbers(config: ConfigDict) -> None:
     for name in ("sequential_start", "mining_end"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
+
+
+def _check_truth(evaluation: evaluate.Evaluation) -> None:
+    """Reads the true masks, which are not looked into before the first evaluation's end."""
+    paths = [path for video in evaluation.videos for path in video.truth.values()]
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(partial(read_mask, refuse_shades=False), paths):
+            pass
 
 
 def _check_shared_memory(config: ConfigDict) -> None:

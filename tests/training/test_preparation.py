@@ -215,6 +215,24 @@ def nothing_to_evaluate(config, root):
     config.mode, config.data.root = "train_and_eval", str(root / "val")
 
 
+def damaged_truth(config, root):
+    config.mode, config.data.root = "train_and_eval", str(root)
+    path = root / "Annotations/480p/synthetic-0001/00003.png"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 255
+    path.write_bytes(data)
+
+
+def masks_over_the_truth(config, root):
+    """The work directory is the data set, whose masks lie in no folder of a resolution."""
+    out = root.parent / "out"
+    out.symlink_to(root)
+    for path in (*root.glob("JPEGImages/480p/*"), *root.glob("Annotations/480p/*")):
+        path.rename(path.parents[1] / path.name)
+    config.data.resolution = config.sources.davis.resolution = ""
+    config.mode, config.data.root = "train_and_eval", str(root)
+
+
 @pytest.mark.parametrize(
     "spoil, messages",
     [
@@ -252,6 +270,8 @@ def nothing_to_evaluate(config, root):
         (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
         (other_weights, ["wrong shape", "backbone"]),
         (nothing_to_evaluate, ["val: no such folder"]),
+        (damaged_truth, ["synthetic-0001/00003.png: damaged picture"]),
+        (masks_over_the_truth, ["--workdir is ", "its masks would be written"]),
     ],
 )
 def test_bad_input_is_found_before_the_first_step(
