@@ -167,7 +167,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     given = vars(arguments)
     for name in POSITIVE:
         if given.get(name) is not None and given[name] < 1:
-            raise ValueError(f"--{name} is {given[name]}; expected 1 or more")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {given[name]}; expected 1 or more")
     if given.get("workers", 0) < 0:
         raise ValueError(f"--workers is {given['workers']}; expected 0 or more")
     choices = {"model": MODELS, "dtype": DTYPES, "matching_dtype": DTYPES, "remat": REMAT}

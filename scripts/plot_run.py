@@ -149,7 +149,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], window: int) -> plt.Figure:
         axis.axis("off")
     figure.legend(
         [Line2D([], [], color=colours[i], linewidth=3) for i in range(len(runs))],
-        list(runs),
+        [name.replace("$", r"\$") for name in runs],  # no formulas
         loc="outside upper left",
         ncols=2 * columns,
         frameon=False,

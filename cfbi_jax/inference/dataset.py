@@ -121,7 +121,7 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
     """Raises ValueError, with a list of the differences, if finished videos in `output` were made
     by something else than `made_by`."""
     for video in videos:
-        found, now = _finished_by(video, output), _made_by(made_by, video)
+        found, now = _recorded(video, output), _made_by(made_by, video)
         if found is None:
             continue
         different = [
@@ -164,15 +164,19 @@ def _record(video: EvaluationVideo, output: Path) -> Path:
     return output / "segmented" / f"{video.name}.json"
 
 
-def _finished_by(video: EvaluationVideo, output: Path) -> dict | None:
-    """What made a video's masks; None where its record is missing or damaged, or a mask missing."""
+def _recorded(video: EvaluationVideo, output: Path) -> dict | None:
+    """What made a video's masks, as its record says; None for none, or a damaged one."""
     try:
-        made_by = json.loads(_record(video, output).read_text())["made_by"]
+        return json.loads(_record(video, output).read_text())["made_by"]
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
+
+
+def _finished_by(video: EvaluationVideo, output: Path) -> dict | None:
+    """What made a video's masks; None where one is missing, or the record."""
     folder = results_folder(output) / video.name
     there = {path.name for path in folder.glob("*.png")}
-    return made_by if there >= _mask_names(video) else None
+    return _recorded(video, output) if there >= _mask_names(video) else None
 
 
 def _mask_names(video: EvaluationVideo) -> set[str]:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cfbi_jax.data.image_files import write_file
+from cfbi_jax.data.image_files import BadFile, write_file
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -89,10 +89,10 @@ def _decode_line(line: bytes, name: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{name}: damaged ({error}); expected a JSON object") from error
+        raise BadFile(f"{name}: damaged ({error}); expected a JSON object") from error
     # bool is an int to Python.
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-        raise ValueError(f'{name}: damaged; expected a JSON object with an integer "step"')
+        raise BadFile(f'{name}: damaged; expected a JSON object with an integer "step"')
     return entry
 
 

@@ -272,7 +272,7 @@ def _device_gradients(model, image_format, options, params, frozen, step, key, b
     losses, counts, prediction = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
     gradient, loss = jax.lax.pmean((gradient, jnp.mean(losses)), "data")
     iou_sum, objects = jax.lax.psum(jnp.sum(counts, axis=0), "data")
-    metrics = {"loss": loss, "iou": iou_sum / jnp.maximum(objects, 1)}
+    metrics = {"loss": loss, "iou": iou_sum / objects}  # NaN for background only
     return gradient, metrics, losses, prediction
 
 

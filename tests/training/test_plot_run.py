@@ -44,12 +44,12 @@ def titles(figure):
 def test_draws_runs_and_picks_the_output(tmp_path):
     steps = range(10, 410, 10)
     write_lines(tmp_path / "a" / "metrics.jsonl", [{"step": s, "loss": 1 / s} for s in steps])
-    write_lines(tmp_path / "b" / "metrics.jsonl", [{"step": s, "loss": 2 / s} for s in steps])
-    with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
+    write_lines(tmp_path / "b $9^$" / "metrics.jsonl", [{"step": s, "loss": 2 / s} for s in steps])
+    with open(tmp_path / "b $9^$" / "metrics.jsonl", "a") as file:
         file.write('{"step": 410, "lo')  # b still runs
-    done = run(tmp_path / "a", tmp_path / "b")
+    done = run(tmp_path / "a", tmp_path / "b $9^$")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "b" / "curves.png").exists()
+    assert not (tmp_path / "b $9^$" / "curves.png").exists()
     both = np.array(Image.open(tmp_path / "a" / "curves.png").convert("RGB"))
     assert str(tmp_path / "a" / "curves.png") in done.stdout
 
