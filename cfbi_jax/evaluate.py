@@ -119,8 +119,9 @@ def run(
     """
     workdir, videos, made_by = evaluation.workdir, evaluation.videos, evaluation.made_by
     archive, split = workdir / "submission.zip", _split_name(evaluation.data)
-    finished = all(dataset.is_finished(video, workdir, made_by) for video in videos)
-    if evaluation.overwrite or not finished:
+    if evaluation.overwrite or not all(
+        dataset.is_finished(video, workdir, made_by) for video in videos
+    ):
         report.remove_tables(workdir, split)  # they are of other masks than those to come
         archive.unlink(missing_ok=True)
     done = dataset.segment_videos(
@@ -220,7 +221,7 @@ def summary(
 
 
 def _split_name(data: ConfigDict) -> str:
-    return f"{data.split}-subset" if data.get("sequences") else data.split
+    return f"{data.split}-subset" if data.sequences else data.split
 
 
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:

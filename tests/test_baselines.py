@@ -240,6 +240,7 @@ def test_untrained_networks(baselines, tmp_path):
         (["--method", "first-mask", "--backbone", "x.npz"], "--method nearest, and no other"),
         (["--method", "nearest", "--backbone", "x", "--neighbours", "0"], "expected 1 or more"),
         (["--method", "nearest", "--backbone", "x", "--config", "y"], "not allowed with"),
+        (["--method", "first-mask", "--sequences", ""], "--sequences names no sequence"),
     ],
 )
 def test_arguments(baselines, capsys, arguments, message):

@@ -285,5 +285,5 @@ def test_names_are_lines(tmp_path):
     """Folders may have spaces in their names."""
     path = tmp_path / "ImageSets/2017/train.txt"
     path.parent.mkdir(parents=True)
-    path.write_text("my dog\n\n bear \r\n")
+    path.write_text("my dog\n\n bear \r\n", encoding="utf-8-sig")
     assert davis.sequence_names(tmp_path, 2017, "train") == ["my dog", "bear"]

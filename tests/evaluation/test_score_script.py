@@ -74,6 +74,11 @@ def test_youtube_vos(tmp_path, write_youtube_vos, write_results):
     assert "Assumed" in done.stdout
 
 
+def test_categories_are_for_youtube_vos(davis):
+    done = run(*davis[1], "--seen-categories", "dog")
+    assert done.returncode == 2 and "--seen-categories is for youtube_vos" in done.stderr
+
+
 def test_evaluation_imports_without_jax():
     """A machine that only scores need not wait for JAX."""
     code = (

@@ -330,6 +330,15 @@ def test_bad_frames(segmenter):
     with pytest.raises(ValueError, match="frame 2 has 32 x 40 pixels; expected 40 x 56"):
         found.extend(segmenter.segment(mixed, mask))
     assert len(found) == 2  # nothing that was computed is lost
+
+    def unplugged():
+        yield from random_video(3)
+        raise RuntimeError("no camera")
+
+    found = []
+    with pytest.raises(RuntimeError, match="no camera"):
+        found.extend(segmenter.segment(unplugged(), mask))
+    assert len(found) == 3
     with pytest.raises(ValueError, match=r"frame 0 is float64 \(40, 56, 3\); expected uint8"):
         list(segmenter.segment(random_video(1) / 255.0, mask))
     with pytest.raises(ValueError, match="4 channels"):

@@ -28,6 +28,7 @@ from tiny_run import MODEL
 
 import cfbi_jax
 from cfbi_jax import evaluate
+from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
@@ -427,6 +428,14 @@ def test_results_of_something_else_are_not_replaced(config, evaluations, tmp_pat
     evaluations[:] = [0.5, others]
     with pytest.raises(preparation.Refused, match="made by something else(.|\n)*best"):
         run(config, out)
+
+
+def test_a_damaged_file_in_mid_run_ends_in_a_line(config, tmp_path, monkeypatch):
+    def read(training):
+        raise BadFile("00003.png: damaged picture")
+
+    monkeypatch.setattr(loop, "run", read)
+    assert error_of(config, tmp_path / "out", monkeypatch) == "error: 00003.png: damaged picture"
 
 
 def test_a_data_error_loses_no_step(config, whole, tmp_path, monkeypatch):
