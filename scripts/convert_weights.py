@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from cfbi_jax.models.images import OFFICIAL_FORMAT
-from cfbi_jax.weights.checkpoint import digest, load_checkpoint, save_checkpoint
+from cfbi_jax.weights.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint
 from cfbi_jax.weights.official import convert_state_dict, export_state_dict
 from cfbi_jax.weights.pth import read_pth, write_pth
 
@@ -42,6 +42,7 @@ def main(arguments: argparse.Namespace) -> None:
         model, variables = checkpoint.model, checkpoint.variables
     else:
         model, variables = convert_state_dict(read_pth(arguments.input))
+        check_finite(variables, arguments.input)
         save_checkpoint(arguments.output, model, variables, OFFICIAL_FORMAT)
     print(f"{model.backbone}, weights {digest(variables)}: wrote {arguments.output}")
 

@@ -74,6 +74,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
             "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
             "random; expected weights of a backbone, or freeze_backbone=False"
         )
+    for field in ("compute_dtype", "matching_dtype"):
+        if config.model.get(field) == "float16":
+            raise ValueError(
+                f"config.model.{field} is float16, in which gradients vanish where the loss is not "
+                "scaled, and it is not; expected bfloat16 or float32"
+            )
     check_writable(workdir)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     parts = mesh.size * config.accumulate

@@ -59,7 +59,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint folder onto the first device of this process.
 
     Raises FileNotFoundError where there is none, and ValueError for another kind of file or
-    folder, or where the arrays are not those of the architecture that the checkpoint names.
+    folder, or where the arrays are not those of the architecture that the checkpoint names or hold
+    NaN or infinity.
     """
     import orbax.checkpoint as ocp
 
@@ -84,6 +85,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         image_format = stored_image_format(config["image_format"])
         variables = _read_variables(path / "variables", model)
         check_shapes(variables, model, path)
+    check_finite(variables, path)
     return Checkpoint(model, jax.device_put(variables, jax.local_devices()[0]), image_format)
 
 
@@ -172,6 +174,19 @@ def digest(variables: Mapping) -> str:
 def stored_image_format(config: Mapping) -> ImageFormat:
     """An image format as a checkpoint's JSON holds it."""
     return ImageFormat(config["channel_order"], tuple(config["mean"]), tuple(config["std"]))
+
+
+def check_finite(variables: Mapping, path: Path) -> None:
+    bad = [
+        f"{jax.tree_util.keystr(key, simple=True, separator='/')} ({wrong} of {array.size})"
+        for key, array in jax.tree_util.tree_flatten_with_path(variables)[0]
+        if (wrong := array.size - np.count_nonzero(np.isfinite(array)))
+    ]
+    if bad:
+        raise ValueError(
+            f"{path}: {len(bad)} arrays hold NaN or infinity, the first: {', '.join(bad[:5])}; "
+            "expected numbers"
+        )
 
 
 def check_shapes(variables, model: CFBI, path: Path) -> None:

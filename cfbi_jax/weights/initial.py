@@ -12,7 +12,7 @@ import numpy as np
 from cfbi_jax.models.cfbi import CFBI, initial_variables, parameter_shapes
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT, ImageFormat
 from cfbi_jax.models.layers import NORM_EPSILON
-from cfbi_jax.weights.checkpoint import Checkpoint, check_shapes, load_checkpoint
+from cfbi_jax.weights.checkpoint import Checkpoint, check_finite, check_shapes, load_checkpoint
 from cfbi_jax.weights.official import convert_backbone, convert_state_dict, strip_module
 
 LOGGER = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
     MobileNetV2 whose batch norms are folded into its convolutions. What a file does not cover is
     random. The image format is the one that the weights were made with.
 
-    Raises FileNotFoundError, or ValueError for weights of another architecture.
+    Raises FileNotFoundError, or ValueError for weights of another architecture, or that hold NaN or
+    infinity.
     """
     if not init_from:
         return Checkpoint(model, initial_variables(model, seed), IMAGENET_FORMAT)
@@ -55,6 +56,7 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
                 part, image_format = convert_backbone(state, model), IMAGENET_FORMAT
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    check_finite(part, path)
     variables = initial_variables(model, seed)
     covered = len(jax.tree.leaves(part))
     LOGGER.info(

@@ -579,6 +579,10 @@ EMBEDDING = "pixel_embedding/pointwise"
 def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message):
     out = tmp_path / "out"
     config.init_from = spoiled(weights, tmp_path / "spoiled", f"params/{name}", value)
+    if not np.isfinite(value):
+        with pytest.raises(ValueError, match=rf"spoiled: 1 arrays .* params/{name} \(1 of"):
+            preparation.prepare(config, tmp_path / "refused")
+        monkeypatch.setattr("cfbi_jax.weights.checkpoint.check_finite", lambda *_: None)
     config.log_every_steps = 2  # known a step later
     clips = preparation.prepare(config, tmp_path / "other").clips
     text = error_of(config, out, monkeypatch)

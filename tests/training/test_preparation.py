@@ -151,6 +151,10 @@ def dropout_of_all(config, root):
     config.model.dropout = 1.0
 
 
+def half_precision(config, root):
+    config.model.compute_dtype = "float16"
+
+
 def no_windows(config, root):
     config.model.windows = ()
 
@@ -256,6 +260,7 @@ def masks_over_the_truth(config, root):
         (random_frozen_backbone, ["config.freeze_backbone is True and config.init_from is empty"]),
         (what_only_an_evaluation_takes, ["config.checkpoint is 'elsewhere'", "config.init_from"]),
         (dropout_of_all, ["dropout is 1.0; expected 0 or more, below 1"]),
+        (half_precision, ["compute_dtype is float16, in which gradients vanish"]),
         (no_windows, ["windows is (); expected 1 or more"]),
         (void_masks, ["none of the first 4 clips", "set year=2016"]),
         (no_shared_memory, ["/dev/shm (shared memory)", "1000000 worker", "--config.workers=0"]),

@@ -246,6 +246,15 @@ def test_another_mobilenet(tmp_path, change, message):
         initial_checkpoint(MOBILE, str(tmp_path / "x.npz"), seed=0)
 
 
+def test_what_is_no_number(tmp_path):
+    arrays = folded_arrays()
+    arrays["block03/project/bias"][1] = np.nan
+    np.savez(tmp_path / "x.npz", **arrays)
+    name = "params|frozen/deeplab/backbone/block3/project_bn/bias"
+    with pytest.raises(ValueError, match=rf"x\.npz: 1 arrays hold NaN .*{name} \(1 of 24\)"):
+        initial_checkpoint(MOBILE, str(tmp_path / "x.npz"), seed=0)
+
+
 def test_another_backbone(npz):
     with pytest.raises(ValueError, match=r"mobilenet\.npz: a MobileNetV2; the model's .*resnet101"):
         initial_checkpoint(CFBI(**SMALL), str(npz), seed=0)
