@@ -35,6 +35,10 @@ LESS_MEMORY = (
     "masks (references)"
 )
 
+# Compiled programs that are kept at a time, some tens of MiB each: a data set may have videos of
+# many sizes and numbers of objects.
+MAX_PROGRAMS = 64
+
 
 def to_device(arrays):
     """A tree of arrays where the programs run. JAX compiles a program once for arrays that were put
@@ -51,7 +55,7 @@ class Programs:
       variables: of the network, on the device; `use` puts others in their place.
       embed: (variables, frame, views=) -> `Features`.
       predict: see `_predict_views`.
-      num_compilations: programs made so far.
+      num_compilations: programs made so far, those that were forgotten included.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Programs:
         self.use(variables)
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self.num_compilations = 0
+        self._forgotten = 0
         self.embed = jax.jit(
             self._embed_views, static_argnames="views", compiler_options=compiler_options()
         )
@@ -80,6 +85,15 @@ class Programs:
     def use(self, variables: Mapping) -> None:
         """Other weights of the same shapes; no program is compiled again."""
         self.variables = to_device(variables)
+
+    def begin_video(self) -> None:
+        """Forgets all programs where there are many, so that memory does not grow with the number
+        of videos; what is needed again comes from the persistent cache.
+        """
+        if self.num_compilations - self._forgotten >= MAX_PROGRAMS:
+            self.embed.clear_cache()
+            self.predict.clear_cache()
+            self._forgotten = self.num_compilations
 
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.

@@ -73,6 +73,7 @@ class Propagation:
     """One video under way: the network's state and which row holds which id."""
 
     def __init__(self, programs: Programs, with_probabilities: bool):
+        programs.begin_video()
         self._programs = programs
         self._with_probabilities = with_probabilities
         self._views: tuple[View, ...] = ()

@@ -9,6 +9,7 @@ import recipe
 from small import mask_of, random_video, small_network
 
 import cfbi_jax
+from cfbi_jax.inference import programs
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
@@ -180,6 +181,19 @@ def test_one_compilation_per_size_objects_and_references():
     assert segmenter.programs.num_compilations == 4  # two references
     list(segmenter.segment(random_video(3, (24, 32)), {0: mask_of({1: BOXES[1]}, (24, 32))}))
     assert segmenter.programs.num_compilations == 6
+
+
+def test_programs_of_many_sizes_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
+    segmenter = small_segmenter()
+    labels = []
+    for size in ((40, 56), (48, 56), (40, 56)):
+        video = random_video(2, size)
+        labels.append(list(segmenter.segment(video, {0: mask_of({1: BOXES[1]}, size)})))
+        assert segmenter.programs.embed._cache_size() == 1
+        assert segmenter.programs.predict._cache_size() == 1
+    assert segmenter.programs.num_compilations == 6
+    np.testing.assert_array_equal(labels[2], labels[0])
 
 
 def test_the_second_predicted_frame_compiles_nothing():
