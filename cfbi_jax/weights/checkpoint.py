@@ -177,6 +177,7 @@ def stored_image_format(config: Mapping) -> ImageFormat:
 
 
 def check_finite(variables: Mapping, path: Path) -> None:
+    """Raises ValueError, naming `path` and the arrays, where one holds NaN or infinity."""
     bad = [
         f"{jax.tree_util.keystr(key, simple=True, separator='/')} ({wrong} of {array.size})"
         for key, array in jax.tree_util.tree_flatten_with_path(variables)[0]
