@@ -120,6 +120,12 @@ def test_script_converts_and_exports(tmp_path, tensors):
     assert again.returncode == 1
     assert again.stderr.startswith("error: ") and "exists" in again.stderr
 
+    key = "feature_extracter.decoder.conv1.weight"
+    torch.save(tensors | {key: tensors[key] / 0}, source)
+    endless = run("--input", source, "--output", tmp_path / "endless")
+    assert endless.returncode == 1 and not (tmp_path / "endless").exists()
+    assert f"{source}: 1 arrays hold NaN or infinity, the first: params/deeplab" in endless.stderr
+
 
 def test_write_keeps_nothing_half_done(tmp_path, monkeypatch):
     def fail(*_):
