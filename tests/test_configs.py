@@ -22,6 +22,7 @@ PAPER = {
     "min_learning_rate": 1e-5,
     "sequential_start": 0.5,
     "mining_end": 0.5,
+    "mask_errors": 0.0,
     "freeze_backbone": False,
     "ema_decay": 0.0,
     "accumulate": 1,

@@ -96,6 +96,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         remat=config.remat,
         ema_decay=config.ema_decay,
         freeze_backbone=config.freeze_backbone,
+        mask_errors=config.mask_errors,
     )
     clip_options = ClipOptions(**config.clips)
     model = build_model(config.model.to_dict())

@@ -34,6 +34,7 @@ from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding, parameter_shapes
 from cfbi_jax.models.images import ImageFormat, prepare
 from cfbi_jax.models.resizing import resize, resize_labels
 from cfbi_jax.training.losses import IGNORED, bootstrapped_cross_entropy, mining_ratio
+from cfbi_jax.training.mask_errors import with_error
 
 REMAT = ("none", "segment", "all")
 REFERENCE, PREVIOUS, FIRST_CURRENT = 0, 1, 2
@@ -52,6 +53,7 @@ class StepOptions:
         the embedding; "all".
     ema_decay: of the averaged weights; 0: none are kept.
     freeze_backbone: the backbone keeps its weights, and no gradient of them is computed.
+    mask_errors: share of the clips whose first previous mask has an error (`mask_errors`).
     """
 
     max_objects: int = 5
@@ -61,12 +63,15 @@ class StepOptions:
     remat: str = "none"
     ema_decay: float = 0.0
     freeze_backbone: bool = False
+    mask_errors: float = 0.0
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f'remat is "{self.remat}"; expected one of {REMAT}')
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
+        if not 0 <= self.mask_errors <= 1:
+            raise ValueError(f"mask_errors is {self.mask_errors}; expected a share from 0 to 1")
 
 
 class TrainState(NamedTuple):
@@ -323,6 +328,10 @@ def clip_losses(
 
     losses, counts, predictions = 0.0, 0.0, []
     previous_label = small[:, PREVIOUS]
+    if options.mask_errors:
+        error_keys = jax.vmap(partial(jax.random.fold_in, data=frames))(clip_keys)
+        of_clip = partial(with_error, share=options.mask_errors)
+        previous_label = jax.vmap(of_clip)(previous_label, batch.num_objects, error_keys)
     for t in range(FIRST_CURRENT, frames):
         turn, logits = segment(
             turn,

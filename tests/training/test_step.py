@@ -312,6 +312,8 @@ def test_options_are_checked():
         StepOptions(remat="some")
     with pytest.raises(ValueError, match="ema_decay is 1"):
         StepOptions(ema_decay=1.0)
+    with pytest.raises(ValueError, match="mask_errors is 2.0; expected a share"):
+        StepOptions(mask_errors=2.0)
 
 
 # ------------------------------------------------------------------------------------- dropout
