@@ -26,7 +26,7 @@ def two_objects():
 def drawn(label, num_objects, share):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     draw = partial(with_error, jnp.asarray(label), jnp.int32(num_objects), share=share)
-    return np.asarray(jax.jit(jax.vmap(lambda key: draw(key)))(keys))
+    return np.asarray(jax.jit(jax.vmap(draw))(keys))
 
 
 def test_a_part_of_one_object_becomes_another_row():
@@ -56,11 +56,12 @@ def test_a_part_of_one_object_becomes_another_row():
 
 def test_what_there_is_no_object_of_stays():
     label = two_objects()
-    np.testing.assert_array_equal(drawn(label * (label == 255), 0, 1.0)[7], label * (label == 255))
+    background = np.where(label == 255, label, 0)
+    assert (drawn(background, 0, 1.0) == background).all()
     gone = np.where(label == 1, 0, label)  # object 1 is not in this frame
     for found in drawn(gone, 2, 1.0):
         assert (found[gone != 2] == gone[gone != 2]).all()
-    np.testing.assert_array_equal(drawn(label, 2, 0.0)[3], label)
+    assert (drawn(label, 2, 0.0) == label).all()
 
 
 @pytest.fixture(scope="module")
