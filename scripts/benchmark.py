@@ -8,7 +8,7 @@
     python scripts/benchmark.py plan --size 2160x3840 --objects 10 --references 4 --measure
     python scripts/benchmark.py video --size 96x160 --model quickstart --frames 2000
     python scripts/benchmark.py startup --size 480x854 --model r101
-    python scripts/benchmark.py all --output DIR
+    python scripts/benchmark.py all --output DIR --jobs 8
 
 Weights and videos are random. Every figure is the median of --runs runs after one to warm up, with
 the least and the largest beside it; compile times are apart. "limit" is the least time in which the
@@ -71,6 +71,7 @@ POSITIVE = (
     "devices",
     "frames",
     "budget_mib",
+    "jobs",
 )
 
 
@@ -137,6 +138,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("all", parents=[common])
     command.add_argument("--output", type=Path, required=True, help="folder of tables and JSON")
+    command.add_argument(
+        "--jobs", type=int, default=1, help="compile this many at a time; each measures alone"
+    )
     command.add_argument("--small", action="store_true", help="small sizes: tries the script")
     command.add_argument("--only", default="", help="settings with this in their name: train,plan")
 
@@ -203,6 +207,8 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(arguments: argparse.Namespace, command: list[str]) -> None:
     if arguments.command == "train" and arguments.devices:
         simulate_devices(arguments.devices)
+    if arguments.command == "all":  # leave the accelerator's memory to the processes it starts
+        jax.config.update("jax_platforms", "cpu")
     use_compilation_cache(None)  # a program that is read from a file took no time to compile
     machine = measure.machine()
     rows, limits = COMMANDS[arguments.command](arguments)

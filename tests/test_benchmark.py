@@ -253,6 +253,32 @@ def test_as_a_user_runs_it():
     assert result.stderr.startswith('error: --size is "small"; expected HEIGHTxWIDTH')
 
 
+# ---- all ----
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_every_setting_is_a_command(benchmark, small):
+    settings = benchmark.everything.settings(small)
+    commands = [benchmark.parse_arguments(flags).command for flags, _ in settings.values()]
+    assert set(commands) == set(benchmark.COMMANDS) - {"all"}
+    assert all(0 < share <= 1 for _, share in settings.values())
+
+
+def test_all_measures_what_is_not_measured_yet(tmp_path):
+    def run():
+        command = ["all", "--small", "--only", "score", "--runs", "1", "--output", str(tmp_path)]
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, check=True
+        )
+        return "score: measured" in result.stdout
+
+    assert run()
+    figures = json.loads((tmp_path / "score.json").read_text())
+    assert figures["rows"][0]["seconds"]["runs"] == 1
+    assert "scoring" in (tmp_path / "score.txt").read_text()
+    assert not run()
+
+
 # ---- plan, video ----
 
 

@@ -13,6 +13,7 @@ from absl import flags
 
 from benchmarks.measure import Times, time_runs
 from benchmarks.report import Row, make_row
+from benchmarks.turns import alone
 from cfbi_jax.config import source
 from cfbi_jax.data import loader
 from cfbi_jax.data.clips import ClipOptions
@@ -95,7 +96,8 @@ def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     )
     with tempfile.TemporaryDirectory() as records:
         clips = Clips([(_videos(arguments, records), 1)], options, seed=0)
-        seconds, cpu = _empty(clips, arguments)
+        with alone():
+            seconds, cpu = _empty(clips, arguments)
     taken = arguments.batch * arguments.batches
     times = Times.of(seconds)
     row = make_row(

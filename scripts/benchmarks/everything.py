@@ -2,20 +2,28 @@
 
 import argparse
 import itertools
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+from benchmarks import turns
 from benchmarks.report import Row, make_row
-from cfbi_jax.data.image_files import write_file
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
+# Of a GPU's memory (80 GB), what a process of several gets.
+SHARE = 0.1
+TRAINING_SHARES = {
+    ("float32", "none"): 0.9,
+    ("float32", "segment"): 0.7,
+    ("float32", "all"): 0.5,
+    ("bfloat16", "none"): 0.5,
+    ("bfloat16", "segment"): 0.4,
+    ("bfloat16", "all"): 0.3,
+}
 
 
-def settings(small: bool) -> dict[str, list[str]]:
-    """Name -> arguments of the script. `small`: the same with a small network and small pictures,
-    to try the script itself."""
+def settings(small: bool) -> dict[str, tuple[list[str], float]]:
+    """Name -> arguments of the script, and its share of the memory. `small`: the same with a small
+    network and small pictures, to try the script itself."""
     models = ["quickstart"] if small else ["r101", "mbv2"]
     sizes = ["97x129"] if small else ["480x854", "720x1280"]
     objects, dtypes = [1, 3, 10], ["float32", "bfloat16"]
@@ -37,38 +45,32 @@ def settings(small: bool) -> dict[str, list[str]]:
     frames = "40" if small else "2000"
     found["video"] = ["video", "--model", "quickstart", "--size", "97x129", "--frames", frames]
     found["startup"] = ["startup", *common]
-    for dtype, remat in itertools.product(dtypes, ["none", "segment", "all"]):
-        name = f"train-{dtype}-{remat}"
-        found[name] = ["train", "--model", models[0], "--crop", crop, "--batch", "8"]
-        found[name] += ["--objects", "2", "--dtype", dtype, "--remat", remat]
     found["score"], found["load"] = ["score"], ["load", "--crop", crop, "--workers", "2"]
-    return found
+    with_shares = {name: (arguments, SHARE) for name, arguments in found.items()}
+    for (dtype, remat), share in TRAINING_SHARES.items():
+        arguments = ["train", "--model", models[0], "--crop", crop, "--batch", "8"]
+        arguments += ["--objects", "2", "--dtype", dtype, "--remat", remat]
+        with_shares[f"train-{dtype}-{remat}"] = arguments, share
+    return with_shares
 
 
 def everything(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     """A row for every setting: whether it ended well, and how long it took. A setting whose
     figures are in the folder already is not measured again."""
-    rows = []
-    for name, command in settings(arguments.small).items():
-        if arguments.only and not any(part in name for part in arguments.only.split(",")):
-            continue
+    commands = []
+    for name, (flags, share) in settings(arguments.small).items():
+        chosen = not arguments.only or any(part in name for part in arguments.only.split(","))
         figures = arguments.output / f"{name}.json"
-        if figures.exists():
+        if not chosen or figures.exists():
             continue
-        started = time.perf_counter()
-        command = [*command, "--runs", str(arguments.runs)] if command[0] != "plan" else command
-        process = subprocess.run(
-            [sys.executable, str(SCRIPT), *command, "--json", str(figures)],
-            capture_output=True,
-            text=True,
-        )
-        text = f"$ {' '.join(command)}\n{process.stdout}{process.stderr}"
-        write_file(arguments.output / f"{name}.txt", text.encode())
-        result = "measured" if process.returncode == 0 else process.stderr.strip().split("\n")[-1]
-        rows.append(
-            make_row(
-                "everything", name, result=result, minutes=(time.perf_counter() - started) / 60
-            )
-        )
-        print(f"{name}: {result}", flush=True)
+        if flags[0] != "plan":
+            flags = [*flags, "--runs", str(arguments.runs)]
+        program = [sys.executable, str(SCRIPT), *flags, "--json", str(figures)]
+        commands.append(turns.Command(name, program, share, arguments.output / f"{name}.txt"))
+    rows = []
+    for command in turns.run(commands, arguments.jobs):
+        printed = command.output.read_text().strip().split("\n")
+        result = "measured" if command.returncode == 0 else printed[-1]
+        rows.append(make_row("everything", command.name, result=result, minutes=command.minutes))
+        print(f"{command.name}: {result}", flush=True)
     return rows, None

@@ -27,6 +27,7 @@ from benchmarks.measure import (
 from benchmarks.networks import block_label, make_model, random_frames, random_variables
 from benchmarks.report import Row, make_row
 from benchmarks.torch_backbone import torch_backbone
+from benchmarks.turns import alone
 from cfbi_jax.data import image_files
 from cfbi_jax.inference import test_time
 from cfbi_jax.inference.options import Options
@@ -241,7 +242,9 @@ def video_rows(
         return time.perf_counter() - started
 
     times: list[float] = []
-    compile_seconds = segment([]) - segment(times)
+    compile_seconds = segment([])
+    with alone():
+        compile_seconds -= segment(times)
     per_frame = Times.of(times[warm:])
     in_memory = make_row(
         "whole videos",

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.turns import alone
 from cfbi_jax.compilation import compiler_options
 
 MIB = 2**20
@@ -105,13 +106,13 @@ def _flops(compiled) -> float | None:
 
 def time_runs(function: Callable[[], Any], runs: int) -> Times:
     """Times `function`, which waits for its own end, after one run to warm up."""
-    function()
     seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return Times.of(seconds)
+    with alone():
+        for _ in range(1 + runs):
+            started = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - started)
+    return Times.of(seconds[1:])
 
 
 def time_call(function: Callable, *arguments: Any, runs: int) -> Times:
@@ -124,11 +125,12 @@ def time_call(function: Callable, *arguments: Any, runs: int) -> Times:
         jax.block_until_ready(result)
         return (time.perf_counter() - started) / repeats
 
-    call()
-    repeats = 1
-    if jax.default_backend() != "cpu":  # a CPU would run calls that wait side by side
-        repeats = max(1, round(SHORT_SECONDS / call()))
-    return Times.of([call(repeats) for _ in range(runs)])
+    with alone():
+        call()
+        repeats = 1
+        if jax.default_backend() != "cpu":  # a CPU would run calls that wait side by side
+            repeats = max(1, round(SHORT_SECONDS / call()))
+        return Times.of([call(repeats) for _ in range(runs)])
 
 
 def measure_limits(dtypes: Sequence[str], runs: int) -> Limits:

@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.measure import Times
 from benchmarks.networks import make_model, random_variables
 from benchmarks.report import Row, make_row
+from benchmarks.turns import alone
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.weights.checkpoint import save_checkpoint
 
@@ -61,9 +62,10 @@ def startup(arguments: argparse.Namespace) -> tuple[list[Row], None]:
 
 
 def _seconds(command: list[str]) -> tuple[float, str]:
-    started = time.time()
-    command = [repr(started) if part == _NOW else part for part in command]
-    done = subprocess.run(
-        [sys.executable, "-c", *command], check=True, capture_output=True, text=True
-    )
-    return time.time() - started, done.stdout
+    with alone():
+        started = time.time()
+        command = [repr(started) if part == _NOW else part for part in command]
+        done = subprocess.run(
+            [sys.executable, "-c", *command], check=True, capture_output=True, text=True
+        )
+        return time.time() - started, done.stdout

@@ -23,6 +23,7 @@ from benchmarks.networks import (
     random_variables,
 )
 from benchmarks.report import Row, make_row
+from benchmarks.turns import alone
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import schedule
@@ -113,11 +114,12 @@ def random_batch(arguments: argparse.Namespace, mesh: Mesh) -> Batch:
 def time_steps(step: Any, state: Any, batch: Batch, runs: int) -> tuple[Times, dict]:
     """Times steps that follow one another, after one to warm up; and the last one's metrics."""
     seconds = []
-    for _ in range(1 + runs):
-        started = time.perf_counter()
-        state, metrics, _ = step(state, batch)  # the old state's memory is reused
-        jax.block_until_ready((state.step, metrics))
-        seconds.append(time.perf_counter() - started)
+    with alone():
+        for _ in range(1 + runs):
+            started = time.perf_counter()
+            state, metrics, _ = step(state, batch)  # the old state's memory is reused
+            jax.block_until_ready((state.step, metrics))
+            seconds.append(time.perf_counter() - started)
     return Times.of(seconds[1:]), metrics
 
 

@@ -9,6 +9,7 @@ from benchmarks.measure import MIB, Times
 from benchmarks.networks import block_label, make_model, random_frames, random_variables
 from benchmarks.planning import resident_bytes
 from benchmarks.report import Row, make_row
+from benchmarks.turns import alone
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -32,7 +33,8 @@ def video(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     frames = itertools.islice(itertools.cycle(pool), arguments.frames)
     masks = {0: block_label(arguments.size, arguments.objects)}
     seconds: list[float] = []
-    used = [in_use() for _ in segmenter.segment(frames, masks, times=seconds)]
+    with alone():
+        used = [in_use() for _ in segmenter.segment(frames, masks, times=seconds)]
     early, later = used[EARLY_FRAME], used[EARLY_FRAME + 1 :]
     name = f"{arguments.frames} frames"
     rows = [
