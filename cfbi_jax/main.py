@@ -5,7 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-import jax
 import rich
 from absl import app, flags
 from absl import logging as absl_logging
@@ -14,7 +13,7 @@ from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
 from cfbi_jax.data.image_files import BadFile
-from cfbi_jax.training import loop, preparation
+from cfbi_jax.training import loop, preparation, processes
 
 LOGGER = logging.getLogger("cfbi_jax.main")
 MODES = ("train", "eval", "train_and_eval")
@@ -36,11 +35,11 @@ def main(_) -> None:
     _expand_home(config)
     if config.mode not in MODES:
         sys.exit(f'error: config.mode is "{config.mode}"; expected one of {MODES}')
-    if DISTRIBUTED.value:
-        _join(DISTRIBUTED.value)
     evaluating = config.mode == "eval"
     prepare = evaluate.prepare if evaluating else preparation.prepare
     try:
+        if DISTRIBUTED.value:
+            processes.join(DISTRIBUTED.value)
         prepared = prepare(config, Path(WORKDIR.value).expanduser())
     except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")
@@ -60,19 +59,6 @@ def _expand_home(config: ConfigDict) -> None:
             _expand_home(value)
         elif isinstance(value, str) and value.startswith("~/"):
             config[name] = os.path.expanduser(value)
-
-
-def _join(address: str) -> None:
-    """Joins the other processes of a run over several hosts."""
-    if address == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        coordinator, number, count = address.split(",")
-        numbers = int(number), int(count)
-    except ValueError:
-        sys.exit(f'error: --distributed is "{address}"; expected auto or HOST:PORT,NUMBER,COUNT')
-    jax.distributed.initialize(coordinator, num_processes=numbers[1], process_id=numbers[0])
 
 
 def _log_to_screen() -> None:

@@ -1,7 +1,8 @@
 """Training steps on several devices or in two processes, for `training/test_distributed.py`.
 
 python step_worker.py OUT.npz DEVICES [DEVICES ...]        a mesh of each size, in this process
-python step_worker.py OUT.npz PORT PROCESS_INDEX           one of two processes with a device each
+python step_worker.py OUT.npz PORT PROCESS_INDEX           one of two processes with a device each,
+                                                           which starts from OUT.npz.checkpoint
 
 Writes losses, gradient norms and final parameters of `STEPS` steps, and the collectives' names.
 """
@@ -13,11 +14,14 @@ import sys
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from small import random_variables
 from tiny import QUICK, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.training.feeding import device_batch
+from cfbi_jax.training.preparation import first_weights
+from cfbi_jax.training.processes import join
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step, replicate
 
@@ -30,12 +34,12 @@ COLLECTIVES = re.compile(
 )
 
 
-def train(mesh, shard) -> dict[str, np.ndarray]:
-    """`shard`: this process' clips of a batch."""
+def train(mesh, shard, start) -> dict[str, np.ndarray]:
+    """`shard`: this process' clips of a batch; `start`: model -> variables."""
     options = StepOptions(max_objects=3, mining_step=4)
     tx = optimizer(lambda step: 0.05, 0.01, 0.9, max_gradient_norm=0.5)
     model = tiny_model(dropout=0.2)
-    state = replicate(create_state(random_variables(model, seed=0), tx, seed=0), mesh)
+    state = replicate(create_state(start(model), tx, seed=0), mesh)
     train_step = make_train_step(model, OFFICIAL_FORMAT, tx, options, mesh)
     program, losses, norms = None, [], []
     for i in range(STEPS):
@@ -56,20 +60,31 @@ def train(mesh, shard) -> dict[str, np.ndarray]:
     }
 
 
+def random_start(model):
+    return random_variables(model, seed=0)
+
+
+def checkpoint_start(folder):
+    config = ConfigDict({"init_from": folder, "seed": 0, "calibrate": True})
+    return lambda model: first_weights(config, model, None).variables
+
+
 def main() -> None:
     out, *numbers = sys.argv[1:]
     results = {}
     if "TWO_PROCESSES" in os.environ:
         port, index = (int(number) for number in numbers)
-        jax.distributed.initialize(f"127.0.0.1:{port}", 2, index, initialization_timeout=60)
+        join(f"127.0.0.1:{port},{index},2")
         assert jax.process_count() == 2 and len(jax.local_devices()) == 1
+        assert jax.config.read("jax_cuda_visible_devices") == "all"  # in a Slurm job, too
         mesh = Mesh(np.array(jax.devices()), ("data",))
         half = len(OBJECTS) // 2
-        results["2"] = train(mesh, slice(half * index, half * (index + 1)))
+        start = checkpoint_start(f"{out}.checkpoint")
+        results["2"] = train(mesh, slice(half * index, half * (index + 1)), start)
     else:
         for number in numbers:
             mesh = Mesh(np.array(jax.devices()[: int(number)]), ("data",))
-            results[number] = train(mesh, slice(None))
+            results[number] = train(mesh, slice(None), random_start)
     np.savez(out, **{f"{n}/{key}": x for n, result in results.items() for key, x in result.items()})
 
 

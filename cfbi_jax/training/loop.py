@@ -33,7 +33,8 @@ from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.diagnosis import NotFinite, explain
 from cfbi_jax.training.feeding import on_devices
 from cfbi_jax.training.preparation import Refused, Training, hold
-from cfbi_jax.training.reports import Reports, Scores, every, from_primary, memory
+from cfbi_jax.training.processes import from_primary
+from cfbi_jax.training.reports import Reports, Scores, every, memory
 from cfbi_jax.training.step import TrainState, create_state, make_train_step, replicate
 from cfbi_jax.weights.checkpoint import load_checkpoint
 
@@ -59,7 +60,7 @@ def run(training: Training) -> None:
         stack.enter_context(hold(training.workdir))
         _train(training, stack)
     _evaluate_best(training)
-    from_primary(0.0)  # the other processes wait
+    from_primary(0)  # the other processes wait
 
 
 def _train(training: Training, stack: contextlib.ExitStack) -> None:

@@ -31,6 +31,7 @@ from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, metric_writers, schedule
+from cfbi_jax.training.processes import from_primary
 from cfbi_jax.training.step import StepOptions
 from cfbi_jax.weights.calibration import calibrated
 from cfbi_jax.weights.checkpoint import Checkpoint, stored_image_format
@@ -162,6 +163,10 @@ def first_weights(config: ConfigDict, model: CFBI, clips: Clips) -> Checkpoint:
     start = initial_checkpoint(model, config.init_from, config.seed)
     if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
         start = calibrated(start, _pairs_of_frames(clips))
+    if jax.process_count() > 1:  # hosts need not calibrate to the same bit
+        start = dataclasses.replace(
+            start, variables=from_primary(jax.tree.map(np.asarray, start.variables))
+        )
     return start
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from cfbi_jax import evaluate
 from cfbi_jax.data.loader import ClipBatch
 from cfbi_jax.training import checkpoints, metric_writers, pictures
+from cfbi_jax.training.processes import from_primary
 from cfbi_jax.training.step import FIRST_CURRENT, TrainState
 from cfbi_jax.weights.checkpoint import Checkpoint
 
@@ -93,7 +94,7 @@ class Scores:
             lines = metric_writers.read_metrics(path)
             self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
         # The other processes need to know whether an evaluation was interrupted, and no more.
-        self._first_is_done = bool(from_primary(float(first_step in self._scores)))
+        self._first_is_done = bool(from_primary(first_step in self._scores))
         self._first_step = first_step
 
     def due(self, step: int) -> bool:
@@ -107,7 +108,7 @@ class Scores:
         """Scores the weights to evaluate, and keeps them in OUT/best if none were better."""
         if self._evaluation is not None:
             self._evaluate(jax.tree.map(np.asarray, state.evaluated), step)
-        from_primary(0.0)  # the others wait
+        from_primary(0)  # the others wait
 
     def close(self) -> None:
         if self._evaluation is not None:
@@ -129,12 +130,3 @@ class Scores:
             best = max(self._scores, key=lambda step: (self._scores[step], step))
             message = "step %d: J&F %.4f; best %.4f at step %d"
             LOGGER.info(message, step, score, self._scores[best], best)
-
-
-def from_primary(value: float) -> float:
-    """The first process' value, in all processes."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return float(multihost_utils.broadcast_one_to_all(np.float64(value)))

@@ -147,7 +147,7 @@ def _reader(handler_type: type) -> Iterator[tuple]:
 
 
 def _options() -> dict:
-    """Any process may read and write these by itself; Orbax would wait for the others."""
+    """Any process may read these alone, the first one write; Orbax would wait for the others."""
     import orbax.checkpoint as ocp
 
     if jax.process_count() == 1:

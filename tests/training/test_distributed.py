@@ -11,10 +11,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from small import random_variables
+from tiny import tiny_model, tiny_parts
+
+from cfbi_jax.models.images import OFFICIAL_FORMAT
+from cfbi_jax.weights.checkpoint import save_checkpoint
 
 TESTS = Path(__file__).parents[1]
+# What Slurm tells the first task on a host.
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "host", "SLURM_NTASKS": "2"}
+SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 TIMEOUT = 300  # for machines that do much else; a process alone takes half a minute
 
 
@@ -70,7 +79,14 @@ def two_processes(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = [folder / f"{index}.npz" for index in range(2)]
-    finish([start(1, path, port, index, TWO_PROCESSES="1") for index, path in enumerate(paths)])
+    with tiny_parts():
+        model = tiny_model(dropout=0.2)
+        variables = random_variables(model, seed=0)
+        for index, path in enumerate(paths):  # the second process finds something else
+            other = jax.tree.map(lambda x, index=index: x + index, variables)
+            save_checkpoint(f"{path}.checkpoint", model, other, OFFICIAL_FORMAT)
+    environment = {"TWO_PROCESSES": "1", **SLURM}
+    finish([start(1, path, port, index, **environment) for index, path in enumerate(paths)])
     return [results(path)["2"] for path in paths]
 
 
@@ -96,7 +112,8 @@ def test_all_that_devices_exchange_is_a_sum(one_process):
 
 
 def test_two_processes_are_as_two_devices(one_process, two_processes):
-    """Each loads its half of the batch; they cannot know the other's rows and compute all."""
+    """Each loads its half of the batch; they cannot know the other's rows and compute all. The
+    weights that they start from are the first one's."""
     for result in two_processes:
         assert_same(result, one_process["2"])
         assert tuple(result["rows"]) == (2, 16)
