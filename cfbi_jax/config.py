@@ -121,7 +121,8 @@ def source(**fields) -> ConfigDict:
     config.year = 2017
     config.split = "train"
     config.resolution = "480p"
-    # DAVIS: in place of "480p" take the full-resolution pictures where the folder has them.
+    # DAVIS: in place of "480p" take the full-resolution pictures where there are those of all
+    # sequences.
     config.full_resolution = False
     # Only these, or all but these, with commas: "bear,dog".
     config.sequences = ""

@@ -8,6 +8,8 @@ OUT/overlays/<video>.png               with --config.overlays=True
 
 import dataclasses
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
+from cfbi_jax.data.image_files import read_mask
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
 from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
@@ -63,6 +66,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
     check_videos(videos, options.max_objects)
+    _check_truth(videos)
     check_apart(videos, workdir)
     LOGGER.info(
         "%d videos, %d frames of %s%s",
@@ -87,6 +91,15 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     for video in videos:
         options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
+
+
+def _check_truth(videos: list[EvaluationVideo]) -> None:
+    """Reads the true masks, of which `check_videos` sees the header and the end. Errors: those of
+    `read_mask`."""
+    paths = [path for video in videos for path in video.truth.values()]
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(partial(read_mask, refuse_shades=False), paths):
+            pass
 
 
 def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
@@ -176,8 +189,9 @@ def score(
     (`data.sequences`) are called so."""
     split = _split_name(data)
     report.remove_tables(output, split)
-    if not all(video.truth for video in videos):
-        LOGGER.info("%s %s has no public truth here: not scored", data.dataset, data.split)
+    without = [video.name for video in videos if not video.truth]
+    if without:
+        LOGGER.info("no true masks of %s: not scored", _some(without, len(videos)))
         return None
     names = [video.name for video in videos]
     if data.dataset == "youtube_vos":
@@ -218,6 +232,12 @@ def summary(
     if isinstance(scores, youtube_vos_scores.Scores):
         return {"J&F": scores.overall}
     return {"J&F": scores.j_and_f, "J": scores.region.mean, "F": scores.boundary.mean}
+
+
+def _some(names: list[str], of: int) -> str:
+    if len(names) == of:
+        return f"any of the {of} videos"
+    return f"{len(names)} of {of} videos ({', '.join(names[:5])})"
 
 
 def _split_name(data: ConfigDict) -> str:

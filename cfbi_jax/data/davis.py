@@ -57,10 +57,11 @@ def training_files(
     return skip_short(files, least)
 
 
-def finest_resolution(root: Path | str) -> str:
-    """ "Full-Resolution" where the folder has such frames and masks, else "480p"."""
+def finest_resolution(root: Path | str, names: Sequence[str]) -> str:
+    """ "Full-Resolution" where all these sequences have such frames and masks, else "480p"."""
     full = [Path(root) / kind / "Full-Resolution" for kind in ("JPEGImages", "Annotations")]
-    return "Full-Resolution" if all(folder.is_dir() for folder in full) else "480p"
+    there = all((folder / name).is_dir() for folder in full for name in names)
+    return "Full-Resolution" if there else "480p"
 
 
 def sequence_names(root: Path | str, year: int, split: str) -> list[str]:

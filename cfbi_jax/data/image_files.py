@@ -108,28 +108,24 @@ def decode_frame(data: bytes, name: str) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(height, width) of a picture from its header, not decoded; also sees a file cut short.
+    """(height, width) of a frame from its header, not decoded; also sees a file cut short.
 
-    Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture.
+    Errors: FileNotFoundError; ValueError for a file that is cut short or is no picture, and for a
+    picture that viewers turn or mirror (EXIF orientation), as masks drawn on it would not fit.
     """
     with open(path, "rb") as file:
         _check_complete(file, path)
-        width, height = _open_image(file, path).size
-    return height, width
-
-
-def check_upright(path: Path | str) -> None:
-    """Raises ValueError for a picture that viewers turn or mirror (EXIF orientation)."""
-    with open(path, "rb") as file:
+        image = _open_image(file, path)
         try:
-            orientation = _open_image(file, path).getexif().get(_EXIF_ORIENTATION, 1)
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
         except (SyntaxError, ValueError, struct.error):  # damaged: nobody turns it
-            return
+            orientation = 1
     if orientation not in (0, 1):
         raise BadFile(
             f"{path}: viewers turn or mirror this picture (EXIF orientation {orientation}), and it "
             "is read as stored; expected pictures saved upright"
         )
+    return image.height, image.width
 
 
 def mask_size(path: Path | str) -> tuple[int, int]:

@@ -132,8 +132,13 @@ def batches(
 
 
 def _begin_worker(*_) -> None:
-    """A worker leaves Ctrl-C to the process that it works for, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker leaves signals to the process that it works for, and ends with it.
+
+    Schedulers send SIGTERM to all processes of a job: this one's batches are needed until all hosts
+    have agreed on the step that they save.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

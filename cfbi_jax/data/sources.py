@@ -45,12 +45,12 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
         split, year = source["split"], source["year"]
         least = 1 if source["static"] else 2  # frames that a clip needs
         if dataset == "davis":
+            names = _without(source, names or davis.sequence_names(root, year, split))
             resolution = source["resolution"]
             if source["full_resolution"] and resolution == "480p":
-                resolution = davis.finest_resolution(root)
+                resolution = davis.finest_resolution(root, names)
                 LOGGER.info("%s: training on %s", root, resolution)
             about = f"davis_{year}_{split}_{resolution}"
-            names = _without(source, names or davis.sequence_names(root, year, split))
             files = davis.training_files(root, year, split, resolution, names, least)
         else:
             about = f"youtube_vos_{split}"

@@ -214,6 +214,15 @@ def _check_video(video: EvaluationVideo, max_objects: int | None) -> tuple[int, 
     return tuple(sorted(seen))
 
 
+def empty_first_mask(video: EvaluationVideo) -> ValueError:
+    """What to say where the first mask shows no object."""
+    path = video.given[min(video.given)]
+    message = f"{path}: an empty first mask; expected an object in it"
+    if video.reading == "void_255" and 255 in image_files.read_mask(path):
+        message += " (255 is void in DAVIS 2017; for masks of 0 and 255 set year=2016)"
+    return ValueError(message)
+
+
 def _check_size(
     path: Path, size: tuple[int, int], expected: tuple[int, int], first_frame: Path
 ) -> None:
@@ -236,7 +245,7 @@ def _check_starts(video: EvaluationVideo, given: Mapping[int, set[int]]) -> None
             f" ({video.frames[first].name}); expected one at {video.frames[0]}"
         )
     if not given[first] and not video.allow_empty_first_mask:
-        raise ValueError(f"{video.given[first]}: an empty first mask; expected an object in it")
+        raise empty_first_mask(video)
     if not any(given.values()):
         raise ValueError(
             f"{video.given[first]}: an empty first mask, and no object in a later mask given for"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.videos import EvaluationVideo, read_label
+from cfbi_jax.data.videos import EvaluationVideo, empty_first_mask, read_label
 from cfbi_jax.evaluation import metrics, predictions
 
 
@@ -96,7 +96,7 @@ def _frame_pairs(video: EvaluationVideo, results: Path) -> list[predictions.Fram
         )
     first_mask = read_label(video, video.truth[0])
     if not first_mask.any():
-        raise ValueError(f"{video.truth[0]}: an empty first mask; expected an object in it")
+        raise empty_first_mask(video)
     object_ids = tuple(range(1, int(first_mask.max()) + 1))
     return [
         predictions.FramePair(

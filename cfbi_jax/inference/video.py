@@ -86,7 +86,6 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
         size = image_files.image_size(paths[0])
         for path in paths:
             found = image_files.image_size(path)
-            image_files.check_upright(path)
             _check_frame_size(path.name, found, size, source)
         return (image_files.read_frame(path) for path in paths)
     if not source.is_file():

@@ -143,7 +143,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         try:
             clip_batch, batch = next(batches)
         except Exception:
-            if stopping(step - 1):  # the signal may have ended the workers, too
+            if stopping(step - 1):  # the signal may have ended workers that were just starting
                 stop(state, step - 1)
             # The data can be mended, and the run goes on from here. Other processes have their part
             # of the batch: they wait in the step, and do not come to a save.

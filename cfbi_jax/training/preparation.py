@@ -9,9 +9,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
-from cfbi_jax.data.image_files import read_mask
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
+from cfbi_jax.data.videos import EvaluationVideo
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, metric_writers, schedule
@@ -138,7 +136,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
         evaluate.check_apart(evaluation.videos, workdir)  # where the best weights' masks go
-        _check_truth(evaluation)
+        _check_truth(evaluation.videos)
         _check_results(config, workdir, bool(begun))
     return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
 
@@ -207,12 +205,17 @@ def _check_numbers(config: ConfigDict) -> None:
             raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
 
 
-def _check_truth(evaluation: evaluate.Evaluation) -> None:
-    """Reads the true masks, which are not looked into before the first evaluation's end."""
-    paths = [path for video in evaluation.videos for path in video.truth.values()]
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(partial(read_mask, refuse_shades=False), paths):
-            pass
+def _check_truth(videos: Sequence[EvaluationVideo]) -> None:
+    """Raises ValueError where some videos have true masks and others do not."""
+    without = [video.name for video in videos if not video.truth]
+    if len(without) == len(videos):
+        LOGGER.warning("nothing to evaluate on has true masks: the newest weights will be the best")
+    elif without:
+        raise ValueError(
+            f"{len(without)} of the {len(videos)} videos to evaluate on have no true masks but the "
+            f"first: {', '.join(without[:5])}; expected those of all frames (or name the others: "
+            "config.data.sequences)"
+        )
 
 
 def _check_shared_memory(config: ConfigDict) -> None:

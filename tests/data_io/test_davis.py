@@ -205,9 +205,22 @@ def test_empty_first_mask(root):
     with pytest.raises(ValueError, match=r"bear/00000\.png: an empty first mask"):
         load_and_check(root)
     save_mask(mask_file(root, 0), 255)  # void only: empty in 2017, an object in 2016
-    with pytest.raises(ValueError, match=r"bear/00000\.png: an empty first mask"):
+    message = r"bear/00000\.png: an empty first mask.* masks of 0 and 255 set year=2016"
+    with pytest.raises(ValueError, match=message):
         load_and_check(root)
     assert load_and_check(root, year=2016)["bear"] == (1,)
+
+
+def test_frames_that_viewers_turn(root):
+    """Masks drawn on the turned picture would not fit; upside down, the size tells nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(frame_file(root, 2)).save(frame_file(root, 2), exif=exif)
+    message = r"bear/00002\.jpg: viewers turn or mirror .*orientation 3"
+    with pytest.raises(ValueError, match=message):
+        load_and_check(root)
+    with pytest.raises(ValueError, match=message):
+        videos.check_training_files(davis.training_files(root, split="val"))
 
 
 def test_first_error_in_the_order_of_the_list_is_raised(root, monkeypatch):

@@ -254,6 +254,29 @@ def test_stopping_leaves_nothing_behind(tmp_path, workers, stop):
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
 
 
+def test_workers_leave_signals_to_the_program(tmp_path):
+    """A scheduler sends SIGTERM to all processes of a job; the program decides when it ends."""
+    program = tmp_path / "program.py"
+    signalled = "[next(stream), *map(signal_to, active_children()), next(stream)]"
+    program.write_text(
+        "import os\nfrom multiprocessing import active_children\n"
+        + PROGRAM.replace("[next(stream) for _ in range(3)]", signalled).replace(
+            "if __name__",
+            "def signal_to(child):\n"
+            "    os.kill(child.pid, 15)\n    os.kill(child.pid, 2)\n    return child.pid\n\n"
+            "if __name__",
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, program, "1", "100"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
 def test_workers_end_with_a_program_that_is_killed(tmp_path):
     """Even by SIGKILL, after which it can end nothing itself. They hold the same pipe, whose end
     comes with the last of them."""

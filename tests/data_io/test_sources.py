@@ -180,6 +180,9 @@ def test_full_resolution_where_it_is(tmp_path):
     for resolution, size in (("480p", (48, 64)), ("240p", (40, 40))):
         synthetic.write_davis(root, (1,), "train", resolution=resolution, num_frames=2, size=size)
     assert shape(full_resolution=True) == (48, 64, 3)
+    # Of other sequences only, as of a test split:
+    synthetic.write_davis(root, (2,), "test-dev", resolution="Full-Resolution", num_frames=2)
+    assert shape(full_resolution=True) == (48, 64, 3)
     synthetic.write_davis(
         root, (1,), "train", resolution="Full-Resolution", num_frames=2, size=(96, 128)
     )

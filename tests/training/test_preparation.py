@@ -220,6 +220,15 @@ def nothing_to_evaluate(config, root):
     config.mode, config.data.root = "train_and_eval", str(root / "val")
 
 
+def truth_of_some(config, root):
+    """Of the other sequence there is the first mask alone."""
+    config.mode, config.data.root = "train_and_eval", str(root)
+    (root / "ImageSets/2017/val.txt").write_text("synthetic-0000\nsynthetic-0001\n")
+    for path in (root / "Annotations/480p/synthetic-0001").iterdir():
+        if path.stem != "00000":
+            path.unlink()
+
+
 def damaged_truth(config, root):
     config.mode, config.data.root = "train_and_eval", str(root)
     path = root / "Annotations/480p/synthetic-0001/00003.png"
@@ -276,6 +285,7 @@ def masks_over_the_truth(config, root):
         (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
         (other_weights, ["wrong shape", "backbone"]),
         (nothing_to_evaluate, ["val: no such folder"]),
+        (truth_of_some, ["1 of the 2 videos", "no true masks but the first: synthetic-0001"]),
         (damaged_truth, ["synthetic-0001/00003.png: damaged picture"]),
         (masks_over_the_truth, ["--workdir is ", "its masks would be written"]),
     ],
