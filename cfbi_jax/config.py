@@ -101,7 +101,7 @@ def default_config() -> ConfigDict:
     # Compute again instead of keeping, to save memory: "none", "segment", "all".
     config.remat = "none"
 
-    # ---- Training: what is kept and shown; 0 means never ----
+    # ---- Training: what is kept and shown; 0 means never but at the last step ----
     config.checkpoint_every_steps = 1000
     config.keep_checkpoints = 3
     config.eval_every_steps = 5000

@@ -60,12 +60,16 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     for folder in (workdir, dataset.results_folder(workdir), workdir / "segmented"):
         check_writable(folder)
     options = Options(**config.inference)
+    if checkpoint is None:
+        _check_named_weights(config)
     data = config.data.copy_and_resolve_references()
     if data.dataset == "synthetic":
         data.root = str(workdir / "synthetic")
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
-    check_videos(videos, options.max_objects)
+    ids = check_videos(videos, options.max_objects)
+    if data.dataset != "youtube_vos":
+        _tell_missing_ids(ids)
     _check_truth(videos)
     check_apart(videos, workdir)
     LOGGER.info(
@@ -91,6 +95,18 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     for video in videos:
         options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
+
+
+def _tell_missing_ids(ids: dict[str, tuple[int, ...]]) -> None:
+    """By DAVIS' rule ids up to the largest are objects, and those that are nowhere are perfect."""
+    for name, own in ids.items():
+        missing = sorted(set(range(1, max(own) + 1)) - set(own))
+        if missing:
+            LOGGER.warning(
+                "%s: objects %s, but not %s, which score 1 by DAVIS' rule; expected ids without "
+                "gaps",
+                *(name, ", ".join(map(str, own)), ", ".join(map(str, missing[:5]))),
+            )
 
 
 def _check_truth(videos: list[EvaluationVideo]) -> None:
@@ -131,11 +147,13 @@ def run(
     table is shown.
     """
     workdir, videos, made_by = evaluation.workdir, evaluation.videos, evaluation.made_by
-    archive, split = workdir / "submission.zip", _split_name(evaluation.data)
+    archive = workdir / "submission.zip"
     if evaluation.overwrite or not all(
         dataset.is_finished(video, workdir, made_by) for video in videos
     ):
-        report.remove_tables(workdir, split)  # they are of other masks than those to come
+        # They are of other masks than those to come, also where only some are done again.
+        report.remove_tables(workdir, evaluation.data.split)
+        report.remove_tables(workdir, report.subset_name(evaluation.data.split))
         archive.unlink(missing_ok=True)
     done = dataset.segment_videos(
         evaluation.segmenter,
@@ -241,7 +259,7 @@ def _some(names: list[str], of: int) -> str:
 
 
 def _split_name(data: ConfigDict) -> str:
-    return f"{data.split}-subset" if data.sequences else data.split
+    return report.subset_name(data.split) if data.sequences else data.split
 
 
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:
@@ -259,14 +277,19 @@ def _videos(data: ConfigDict) -> list[EvaluationVideo]:
     return davis.evaluation_videos(data.root, data.year, data.split, data.resolution, names)
 
 
-def _weights(config: ConfigDict) -> Checkpoint:
-    if config.checkpoint:
-        return load_checkpoint(config.checkpoint)
-    if not config.untrained:
+def _check_named_weights(config: ConfigDict) -> None:
+    if not config.checkpoint and not config.untrained:
         raise ValueError(
             "config.checkpoint is empty; expected a checkpoint folder (config.untrained=True runs "
             "with random weights)"
         )
+    if config.checkpoint and not Path(config.checkpoint).exists():
+        raise FileNotFoundError(f"no such checkpoint folder: {config.checkpoint}")
+
+
+def _weights(config: ConfigDict) -> Checkpoint:
+    if config.checkpoint:
+        return load_checkpoint(config.checkpoint)
     LOGGER.warning("UNTRAINED network: random weights, so the masks and scores mean nothing")
     model = build_model(config.model.to_dict())
     return Checkpoint(model, initial_variables(model, config.seed), IMAGENET_FORMAT)

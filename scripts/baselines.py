@@ -166,12 +166,12 @@ def load_features(arguments: argparse.Namespace) -> Features:
     if arguments.backbone:
         model = CFBI(backbone="mobilenet_v2")
         checkpoint = initial_checkpoint(model, str(arguments.backbone), seed=0)
-        return backbone_features(checkpoint, arguments.stride)
+        return backbone_features(checkpoint, arguments.stride or 8)
     content = runpy.run_path(str(arguments.config))
     if "get_config" not in content:
         raise ValueError(f"{arguments.config}: no get_config(); expected a file like configs/*.py")
     config = content["get_config"]()
-    config.seed, config.calibrate = arguments.seed, True
+    config.seed, config.calibrate = arguments.seed or 0, True
     config.data.update(root=str(arguments.root), resolution=arguments.resolution)
     model = build_model(config.model.to_dict())
     if not arguments.calibrated:
@@ -198,19 +198,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, help="nearest: a trained network's embedding")
     source.add_argument("--config", type=Path, help="nearest: an untrained network's embedding")
     source.add_argument("--backbone", type=Path, help="nearest: a MobileNetV2 (.npz or .pth)")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained network")
+    parser.add_argument("--seed", type=int, help="--config: of the untrained network; default: 0")
     parser.add_argument(
         "--calibrated", action="store_true", help="--config: with scales from a few frames"
     )
-    parser.add_argument("--stride", type=int, default=8, choices=(8, 16), help="of the backbone")
-    parser.add_argument("--neighbours", type=int, default=1)
+    parser.add_argument(
+        "--stride", type=int, choices=(8, 16), help="--backbone: of its features; default: 8"
+    )
+    parser.add_argument("--neighbours", type=int, help="nearest: how many; default: 1")
     found = parser.parse_args(arguments)
     has_source = bool(found.checkpoint or found.config or found.backbone)
     if has_source != (found.method == "nearest"):
         parser.error("--method nearest, and no other, takes --checkpoint, --config or --backbone")
+    for name, needs in (("seed", "config"), ("calibrated", "config"), ("stride", "backbone")):
+        if getattr(found, name) and not getattr(found, needs):
+            parser.error(f"--{name} is for --{needs}")
+    if found.neighbours is not None and found.method != "nearest":
+        parser.error("--neighbours is for --method nearest")
     if found.sequences is not None and not found.sequences:
         parser.error("--sequences names no sequence")
-    if found.neighbours < 1:
+    if found.neighbours is not None and found.neighbours < 1:
         parser.error(f"--neighbours is {found.neighbours}; expected 1 or more")
     return found
 
@@ -240,7 +247,7 @@ def main(arguments: argparse.Namespace) -> None:
     results = results_folder(output)
     for video in videos:
         with MaskWriter() as writer:
-            labels = video_labels(video, features, arguments.neighbours)
+            labels = video_labels(video, features, arguments.neighbours or 1)
             for path, label in zip(video.frames, labels, strict=True):
                 writer.write(results / video.name / f"{path.stem}.png", label)
         print(f"{video.name}: {len(video.frames)} frames", flush=True)

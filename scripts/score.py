@@ -8,6 +8,7 @@ is computed anew. Bad input gives a message and exit status 1, and no tables.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--results", required=True, type=Path, help="folder with <sequence>/<frame>.png"
     )
     parser.add_argument("--split", default=None, help="default: val (DAVIS), train (YouTube-VOS)")
-    parser.add_argument("--resolution", default="480p", help="DAVIS: folder under Annotations")
+    parser.add_argument("--resolution", help="DAVIS: folder under Annotations; default: 480p")
     parser.add_argument("--sequences", type=split_names, help="score only these: blackswan,dog")
     parser.add_argument(
         "--seen-categories",
@@ -41,13 +42,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     if found.seen_categories is not None and found.dataset != "youtube_vos":
         parser.error(f"--seen-categories is for youtube_vos; --dataset is {found.dataset}")
+    if found.resolution is not None and found.dataset == "youtube_vos":
+        parser.error("--resolution is for DAVIS; --dataset is youtube_vos")
     return found
 
 
 def main(arguments: argparse.Namespace) -> None:
     split = arguments.split or ("train" if arguments.dataset == "youtube_vos" else "val")
     output = arguments.output or arguments.results
-    report.remove_tables(output, split)
+    called = report.subset_name(split) if arguments.sequences else split
+    report.remove_tables(output, called)
     if arguments.dataset == "youtube_vos":
         scores = score_youtube_vos(
             arguments.root,
@@ -57,6 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
             seen_categories=arguments.seen_categories,
             num_threads=arguments.threads,
         )
+        scores = dataclasses.replace(scores, split=called)
         paths = report.write_youtube_vos_tables(scores, output)
         report.print_youtube_vos(scores)
     else:
@@ -65,10 +70,11 @@ def main(arguments: argparse.Namespace) -> None:
             arguments.results,
             year=int(arguments.dataset.removeprefix("davis")),
             split=split,
-            resolution=arguments.resolution,
+            resolution=arguments.resolution or "480p",
             sequences=arguments.sequences,
             num_threads=arguments.threads,
         )
+        scores = dataclasses.replace(scores, split=called)
         paths = report.write_davis_tables(scores, output)
         report.print_davis(scores)
     for path in paths:

@@ -10,6 +10,7 @@ Writes losses, gradient norms and final parameters of `STEPS` steps, and the col
 import os
 import re
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from tiny import QUICK, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.training.feeding import device_batch
-from cfbi_jax.training.preparation import first_weights
+from cfbi_jax.training.preparation import LOCK, check_shared, first_weights, hold
 from cfbi_jax.training.processes import join
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step, replicate
@@ -69,6 +70,22 @@ def checkpoint_start(folder):
     return lambda model: first_weights(config, model, None).variables
 
 
+def check_work_directories(own, shared):
+    """Processes that write to different folders are told, in a second run, too."""
+    for folder in (own, shared):
+        folder.mkdir(exist_ok=True)
+        with hold(folder):
+            pass
+    check_shared(shared)
+    (own / LOCK).touch()
+    try:
+        check_shared(own)
+    except ValueError as error:
+        assert jax.process_index() == 1 and "expected one that all hosts share" in str(error)
+    else:
+        assert jax.process_index() == 0
+
+
 def main() -> None:
     out, *numbers = sys.argv[1:]
     results = {}
@@ -79,6 +96,7 @@ def main() -> None:
         assert jax.config.read("jax_cuda_visible_devices") == "all"  # in a Slurm job, too
         mesh = Mesh(np.array(jax.devices()), ("data",))
         half = len(OBJECTS) // 2
+        check_work_directories(Path(f"{out}.own"), Path(out).parent / "shared")
         start = checkpoint_start(f"{out}.checkpoint")
         results["2"] = train(mesh, slice(half * index, half * (index + 1)), start)
     else:

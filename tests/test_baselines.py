@@ -240,6 +240,10 @@ def test_untrained_networks(baselines, tmp_path):
         (["--method", "first-mask", "--backbone", "x.npz"], "--method nearest, and no other"),
         (["--method", "nearest", "--backbone", "x", "--neighbours", "0"], "expected 1 or more"),
         (["--method", "nearest", "--backbone", "x", "--config", "y"], "not allowed with"),
+        (["--method", "first-mask", "--calibrated"], "--calibrated is for --config"),
+        (["--method", "nearest", "--backbone", "x", "--seed", "4"], "--seed is for --config"),
+        (["--method", "nearest", "--config", "x", "--stride", "16"], "--stride is for --backbone"),
+        (["--method", "first-mask", "--neighbours", "5"], "is for --method nearest"),
         (["--method", "first-mask", "--sequences", ""], "--sequences names no sequence"),
     ],
 )

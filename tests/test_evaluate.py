@@ -93,6 +93,16 @@ def test_what_is_written_is_what_the_segmenter_gives(config, checkpoint, davis, 
         assert (saved != label).mean() < 0.01  # Pillow and OpenCV decode JPEG almost alike
 
 
+def test_ids_with_a_gap(config, davis, tmp_path, caplog):
+    """The official tool scores an object that is nowhere 1."""
+    for path in (davis / "Annotations/480p/synthetic-0000").iterdir():
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label == 2, 4, label)).save(path)
+    evaluate.prepare(config, tmp_path / "out")
+    assert "synthetic-0000: objects 1, 4, but not 2, 3, which score 1" in caplog.text
+    assert "synthetic-0001" not in caplog.text
+
+
 def test_davis_2016_is_one_object(config, davis, tmp_path):
     lists = davis / "ImageSets"
     (lists / "2016").mkdir()
@@ -347,6 +357,28 @@ def test_overlays_of_finished_videos(config, davis, tmp_path):
     assert np.median(difference) < 5
 
 
+def test_what_is_replaced_leaves_no_picture_and_no_table_behind(config, tmp_path):
+    """Of all videos, when some are done again, and of some, when all are."""
+    out, tables = tmp_path / "out", {}
+    config.overlays = True
+    run(config, out)
+    tables[""] = sorted(path.name for path in out.glob("*.csv"))
+    before = (out / "overlays/synthetic-0000.png").read_bytes()
+
+    config.inference.flip, config.overwrite, config.overlays = True, True, False
+    config.data.sequences = "synthetic-0000"
+    run(config, out)
+    tables["-subset"] = sorted(path.name for path in out.glob("*.csv"))
+    assert tables["-subset"] == [name.replace(".csv", "-subset.csv") for name in tables[""]]
+    config.overwrite, config.overlays = False, True
+    run(config, out)
+    assert (out / "overlays/synthetic-0000.png").read_bytes() != before
+
+    config.data.sequences, config.overwrite = "", True
+    run(config, out)
+    assert sorted(path.name for path in out.glob("*.csv")) == tables[""]
+
+
 def test_the_palette_of_the_first_mask_comes_back(config, davis, tmp_path):
     path = davis / "Annotations/480p/synthetic-0000/00000.png"
     image = Image.open(path)
@@ -392,6 +424,18 @@ def unknown_sequence(config, davis):
     config.data.sequences = "synthetic-0000, nothing"
 
 
+def no_such_weights(config, davis):
+    """Known before the data set, which may be large, is looked at."""
+    config.checkpoint = config.data.root = "nowhere"
+
+
+def damaged_truth(config, davis):
+    path = davis / "Annotations/480p/synthetic-0001/00002.png"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 255
+    path.write_bytes(data)
+
+
 def no_weights(config, davis):
     config.checkpoint = ""
 
@@ -410,6 +454,8 @@ def unknown_dataset(config, davis):
         (rgb_truth, r"synthetic-0001/00002\.png: RGB colours"),
         (too_many_objects, r"max_objects = 1"),
         (unknown_sequence, "'nothing'.*near names"),
+        (no_such_weights, "no such checkpoint folder: nowhere"),
+        (damaged_truth, r"synthetic-0001/00002\.png: damaged picture"),
         (no_weights, "config.checkpoint is empty"),
         (unknown_dataset, '"kitti"; expected one of'),
     ],
@@ -473,7 +519,8 @@ def test_quickstart_command(tmp_path):
     [
         (["--config.data.rot=x"], "rot"),  # an unknown field is refused
         (["--config.mode=trian"], 'error: config.mode is "trian"'),
-        (["--config.mode=eval"], "error: config.data.root is empty"),
+        (["--config.mode=eval"], "error: config.checkpoint is empty"),
+        (["--config.mode=eval", "--config.untrained=True"], "error: config.data.root is empty"),
         ([], "error: the root of the davis source is empty"),
     ],
 )

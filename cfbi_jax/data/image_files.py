@@ -212,10 +212,15 @@ def read_palette(path: Path | str) -> UInt8[np.ndarray, "256 3"] | None:
 
 def write_mask(
     path: Path | str,
-    label: UInt8[np.ndarray, "height width"],
+    label: np.ndarray,
     palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
 ) -> None:
-    """Writes a label map as an indexed 8-bit PNG; the file appears complete or not at all."""
+    """Writes a label map as an indexed 8-bit PNG; the file appears complete or not at all.
+
+    Errors: ValueError, naming the file, unless `label` is uint8 [height, width]; OSError.
+    """
+    if label.dtype != np.uint8 or label.ndim != 2:
+        raise BadFile(f"{path}: {label.dtype} {label.shape}; expected uint8 [height, width]")
     image = Image.fromarray(label)
     image.putpalette(palette.tobytes())  # turns mode L into P
     encoded = io.BytesIO()
@@ -346,10 +351,15 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
     # Small ids may be real objects, barely visible; ids that jump to high values are shades.
     suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
-    if len(ids) > MAX_IDS_IN_MASK or mostly_edges:
+    if mostly_edges:
         raise BadFile(
             f"{name}: {len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
             f" or resized mask; expected hard edges and at most {MAX_IDS_IN_MASK} objects"
+        )
+    if len(ids) > MAX_IDS_IN_MASK:
+        raise BadFile(
+            f"{name}: {len(ids)} ids, as shades of grey have; expected object ids, at most "
+            f"{MAX_IDS_IN_MASK} in one mask (more objects can come with other frames' masks)"
         )
 
 

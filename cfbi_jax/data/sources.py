@@ -34,6 +34,12 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
     if dataset not in DATASETS:
         raise ValueError(f'config.sources.NAME.dataset is "{dataset}"; expected one of {DATASETS}')
     if dataset == "synthetic":
+        for field in ("sequences", "exclude"):
+            if source[field]:
+                raise ValueError(
+                    f"config.sources.NAME.{field} is {source[field]!r}, and dataset is synthetic, "
+                    "whose videos are drawn; expected none"
+                )
         videos = SyntheticVideos(seed, max_objects=min(max_objects, MAX_OBJECTS))
     else:
         if not root:

@@ -22,6 +22,11 @@ def table_path(folder: str | Path, kind: str, split: str) -> Path:
     return Path(folder) / f"{kind}-{split}.csv"
 
 
+def subset_name(split: str) -> str:
+    """What the tables of some of a split's videos are called, as they are not the split's."""
+    return f"{split}-subset"
+
+
 def remove_tables(folder: str | Path, split: str) -> None:
     """Removes tables of an earlier run, so that one that fails leaves none behind."""
     for kind in TABLE_KINDS:

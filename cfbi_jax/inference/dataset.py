@@ -82,11 +82,10 @@ def segment_videos(
     records.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for video in videos:
-            _record(video, output).unlink(missing_ok=True)
+            _forget(video, output)
     done: list[Segmented] = []
     with _Meter(videos) as meter:
         for video in videos:
-            record = _record(video, output)
             with _hold(records / f"{video.name}.lock") as held:
                 finished = _finished_by(video, output) is not None
                 if not held or finished:
@@ -99,12 +98,12 @@ def segment_videos(
                     LOGGER.info("%s: %s", video.name, reason)
                     meter.skip(video)
                     continue
-                record.unlink(missing_ok=True)
+                _forget(video, output)
                 result = _segment_video(segmenter, video, output, meter)
                 if overlays:
                     _write_overlay(output, video)
                 content = {**dataclasses.asdict(result), "made_by": _made_by(made_by, video)}
-                write_file(record, json.dumps(content, indent=1).encode())
+                write_file(_record(video, output), json.dumps(content, indent=1).encode())
             done.append(result)
             LOGGER.info(
                 "%s: %d frames, %.2f per second with decoding and writing, %.2f without; %s",
@@ -162,6 +161,12 @@ def is_finished(video: EvaluationVideo, output: Path, made_by: Mapping) -> bool:
 
 def _record(video: EvaluationVideo, output: Path) -> Path:
     return output / "segmented" / f"{video.name}.json"
+
+
+def _forget(video: EvaluationVideo, output: Path) -> None:
+    """The video counts as not finished, and no picture shows what its masks were."""
+    _record(video, output).unlink(missing_ok=True)
+    _overlay_path(output, video).unlink(missing_ok=True)
 
 
 def _recorded(video: EvaluationVideo, output: Path) -> dict | None:

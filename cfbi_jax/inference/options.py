@@ -15,7 +15,7 @@ MAX_OBJECTS = 254  # a pixel's row is 8 bits: the background's, the objects', an
 class Options:
     """How a video is segmented. The defaults are exact; what trades exactness is off.
 
-    scales: test scales; their probabilities are averaged at the video's own size.
+    scales: test scale, or scales, whose probabilities are averaged at the video's own size.
     flip: adds the mirror image of every scale.
     max_long_edge: limit of the long edge in pixels before the scale applies; None: 1040 for a
         single scale, 800 for several, as released.
@@ -30,7 +30,7 @@ class Options:
         enough, `VideoSegmenter.plan` says so. None: 80 % of the device's memory, on CPUs 1 GiB.
     """
 
-    scales: Sequence[float] = (1.0,)
+    scales: Sequence[float] | float | int = (1.0,)
     flip: bool = False
     max_long_edge: int | None = None
     global_atrous_rate: int = 1
@@ -42,9 +42,12 @@ class Options:
     memory_mib: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "scales", tuple(float(scale) for scale in self.scales))
-        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales is {self.scales}; expected one or more positive numbers")
+        given = (self.scales,) if isinstance(self.scales, numbers.Real) else self.scales
+        if not all(isinstance(scale, numbers.Real) and 0 < scale < math.inf for scale in given):
+            raise ValueError(f"scales is {self.scales!r}; expected one or more positive numbers")
+        if not given:
+            raise ValueError("scales is empty; expected one or more positive numbers")
+        object.__setattr__(self, "scales", tuple(float(scale) for scale in given))
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip is {self.flip!r}; expected True or False")
         for name in ("global_atrous_rate", "local_atrous_rate", "max_references"):

@@ -94,7 +94,7 @@ class Propagation:
         self._check_mask(mask)
         programs = self._programs
         known = len(self._ids)
-        given = None if mask is None else self._to_rows(mask)
+        given, ids = (None, self._ids) if mask is None else self._to_rows(mask)
         with _out_of_memory_explained():
             # A copy, as JAX reads the array later, when a camera may have written over it.
             features = programs.embed(programs.variables, np.array(frame), views=self._views)
@@ -120,6 +120,7 @@ class Propagation:
         self._state = remember(
             self._state, features, rows, self._views, as_reference=given is not None
         )
+        self._ids = ids  # with the state: after an error the frame can be tried again
         self.index += 1
         return self._result(rows, probabilities, given)
 
@@ -158,10 +159,10 @@ class Propagation:
         if self._state is not None:
             self._programs.options.check_reference_count(self._state.num_references + 1)
 
-    def _to_rows(self, mask: Label) -> Label:
-        """Ids -> rows; new ids get the next rows."""
+    def _to_rows(self, mask: Label) -> tuple[Label, tuple[int, ...]]:
+        """The mask in rows, and the ids of all rows then: new ids get the next rows."""
         new = [i for i in np.unique(mask).tolist() if i and i not in self._ids]
-        self._ids += tuple(new)
+        ids = (*self._ids, *new)
         table = np.zeros(256, np.uint8)
-        table[list(self._ids)] = np.arange(1, len(self._ids) + 1)
-        return table[mask]
+        table[list(ids)] = np.arange(1, len(ids) + 1)
+        return table[mask], ids

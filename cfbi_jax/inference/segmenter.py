@@ -58,9 +58,12 @@ class VideoSegmenter:
 
         `compilation_cache` is the folder where compiled programs are kept between runs ("default":
         see `compilation.use_compilation_cache`; None: nowhere).
+
+        Raises ValueError for an option out of its range, and the errors of `load_checkpoint`.
         """
+        options = Options(**options)
         use_compilation_cache(compilation_cache)
-        return cls.from_loaded(load_checkpoint(path), Options(**options))
+        return cls.from_loaded(load_checkpoint(path), options)
 
     @classmethod
     def from_loaded(cls, checkpoint: Checkpoint, options: Options) -> "VideoSegmenter":
@@ -86,14 +89,21 @@ class VideoSegmenter:
           frames: RGB frames, all of one size.
           masks: the given masks by frame index; at least one must hold an object.
           return_probabilities: yields (label, float32 [1 + objects, height, width]): background,
-            then the ids known so far in ascending order. Given pixels are certain.
+            then the ids known so far in ascending order. Given pixels are certain. They are
+            computed at once, which neither `plan` nor `memory_mib` knows.
           times: if a list is passed, the seconds that each frame's computation took are appended.
 
         Raises:
           ValueError: a mask that is no label map or has another size than the frames, no object
             in any mask, a frame of another size, more objects or references than the options
             allow, a mask for a frame that does not come.
+          TypeError: masks that are no mapping, or a file's name in place of frames.
+          MemoryError: what the device's memory does not hold.
         """
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks is {type(masks)}; expected {{index of the frame: mask}}")
+        if isinstance(frames, (str, Path)):
+            raise TypeError(f"frames is {frames!r}; expected arrays, such as read_frames gives")
         # Copies: the caller may write over masks and frames before they are used.
         masks = {
             operator.index(i): np.array(check_label(mask, f"mask of frame {i}"))
@@ -112,6 +122,8 @@ class VideoSegmenter:
         try:
             for index, frame in enumerate(prefetch(_copies(frames))):
                 count += 1
+                if index == 0:
+                    _check_mask_size(masks[first], frame, first)
                 if index < first:
                     result = video.background(frame)
                 else:
@@ -133,7 +145,10 @@ class VideoSegmenter:
     # ----------------------------------------------------------------------------- frame by frame
 
     def start(self, frame: np.ndarray, mask: np.ndarray) -> Label:
-        """Begins a new video and forgets the last one. Returns the mask, its label."""
+        """Begins a new video and forgets the last one. Returns the mask, its label.
+
+        `mask` may be empty. Errors: those of `segment`, after which the last video goes on.
+        """
         mask = check_label(mask, "mask of frame 0")
         self._check_masks({0: mask}, empty_allowed=True)
         video = Propagation(self.programs, with_probabilities=False)
@@ -142,7 +157,11 @@ class VideoSegmenter:
         return label
 
     def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> Label:
-        """The label of the next frame of the video that `start` began."""
+        """The label of the next frame of the video that `start` began.
+
+        Errors: those of `segment`, after which the same frame can be tried again, and ValueError
+        before `start`.
+        """
         if self._video is None:
             raise ValueError("step was called before start")
         if mask is not None:
@@ -189,6 +208,15 @@ def _copies(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
+
+
+def _check_mask_size(mask: Label, frame: np.ndarray, index: int) -> None:
+    """All masks have one size: wrong, it would be found out when the first one comes."""
+    if isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[:2] != mask.shape:
+        raise ValueError(
+            f"the mask of frame {index} has {mask.shape[0]} x {mask.shape[1]} pixels; expected "
+            f"{frame.shape[0]} x {frame.shape[1]} as the frames"
+        )
 
 
 def _check_all_masks_used(masks: Mapping[int, Label], num_frames: int) -> None:

@@ -147,7 +147,7 @@ class MaskWriter:
     def write(
         self,
         path: Path | str,
-        label: UInt8[np.ndarray, "height width"],
+        label: np.ndarray,
         palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
     ) -> None:
         """Hands a mask over; see `image_files.write_mask`. The label may be changed afterwards."""
@@ -177,7 +177,12 @@ def overlay(
     alpha: float = 0.5,
     palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The frame with each object tinted (`alpha` of its colour) and outlined in full colour."""
+    """The frame with each object tinted (`alpha` of its colour) and outlined in full colour.
+
+    Errors: ValueError for a label of another size.
+    """
+    if frame.shape[:2] != label.shape:
+        raise ValueError(f"a frame of {frame.shape[:2]} pixels and a label of {label.shape}")
     colours = palette[label]
     tinted = cv2.addWeighted(frame, 1 - alpha, colours, alpha, 0)
     kernel = np.ones((3, 3), np.uint8)

@@ -1,4 +1,6 @@
-"""What the network saw and drew in a clip, side by side.
+"""A clip's frames with their true masks, and what the network drew, side by side.
+
+The previous mask is the true one; the network may have had its own (`training.step`).
 
 +-----------+----------+------------+-------+
 | reference | previous | prediction | truth |

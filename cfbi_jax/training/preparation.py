@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from cfbi_jax.weights.initial import initial_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
+LOCK = "train.lock"  # in the work directory; held by the first process, and tells of it
 CALIBRATION_CLIPS = 16
 BATCHES_PER_WORKER = 4  # in shared memory at a time (measured), one more is being copied
 
@@ -105,6 +107,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         _check_unchanged(begun["run"], plain, workdir)
     with hold(workdir):  # before anything of a run that is at work there is touched
         pass
+    check_shared(workdir)
 
     use_compilation_cache(config.compilation_cache)
     clips = training_clips(config, clip_options)
@@ -257,6 +260,11 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
     scores = workdir / metric_writers.EVALUATIONS_FILE
     evaluated = scores.is_file() and scores.stat().st_size > 0
     different = checkpoints.contradictions(stored, plain, evaluated)
+    if stored.get("init_from") != plain.get("init_from"):
+        LOGGER.warning(
+            "%s: the run there goes on with its own weights; it began with config.init_from = %r",
+            *(workdir, stored.get("init_from")),
+        )
     if different:
         listing = "\n  ".join(different)
         raise ValueError(
@@ -279,13 +287,26 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
+def check_shared(workdir: Path) -> None:
+    """Raises ValueError where this host's folder is not the one that the first process wrote to."""
+    lock = workdir / LOCK
+
+    def seen() -> np.uint32:
+        return np.uint32(zlib.crc32(lock.read_bytes() if lock.exists() else b""))
+
+    if from_primary(seen()) != seen():  # the second look comes when the first process has written
+        raise ValueError(
+            f"{workdir} is not the first process' folder; expected one that all hosts share"
+        )
+
+
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of the folder. Raises Refused where one is at work in it."""
     if jax.process_index():
         yield
         return
-    with open(workdir / "train.lock", "a+") as file:
+    with open(workdir / LOCK, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

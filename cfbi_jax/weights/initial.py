@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cfbi_jax.models.cfbi import CFBI, initial_variables, parameter_shapes
+from cfbi_jax.models.cfbi import CFBI, initial_variables, model_config, parameter_shapes
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT, ImageFormat
 from cfbi_jax.models.layers import NORM_EPSILON
 from cfbi_jax.weights.checkpoint import Checkpoint, check_finite, check_shapes, load_checkpoint
@@ -38,6 +38,7 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
     if path.is_dir():
         checkpoint = load_checkpoint(path)
         check_shapes(checkpoint.variables, model, path)
+        _tell_differences(checkpoint.model, model, path)
         return Checkpoint(model, checkpoint.variables, checkpoint.image_format)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder to start from (config.init_from)")
@@ -63,6 +64,14 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
         "%s: %d of %d arrays; the rest is random", path, covered, len(jax.tree.leaves(variables))
     )
     return Checkpoint(model, _merged(variables, part), image_format)
+
+
+def _tell_differences(stored: CFBI, model: CFBI, path: Path) -> None:
+    """Says which fields, which no array's shape shows, are other ones than the weights had."""
+    before, now = model_config(stored), model_config(model)
+    different = [f"{k} = {now[k]} (there {before[k]})" for k in now if now[k] != before[k]]
+    if different:
+        LOGGER.warning("%s was trained with other settings; now %s", path, ", ".join(different))
 
 
 def _merged(tree: dict, part: dict) -> dict:

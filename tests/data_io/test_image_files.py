@@ -220,8 +220,6 @@ def anti_aliased_masks():
     # A paint program's edges, its 40 shades numbered in a palette of 41 colours.
     shades = np.array(fine.resize((80, 60), Image.Resampling.BOX)).astype(int)
     yield "indexed", (shades * 40 // 255).astype(np.uint8)
-    # Larger than the bound on ids, each id in a block.
-    yield "many ids", np.kron(np.arange(70).reshape(7, 10), np.ones((5, 5), int)).astype(np.uint8)
 
 
 @pytest.mark.parametrize(("kind", "mask"), anti_aliased_masks())
@@ -229,6 +227,12 @@ def test_anti_aliased_mask_is_refused_as_such(tmp_path, kind, mask):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=r"mask\.png: \d+ ids, .* an anti-aliased or resized mask"):
         image_files.read_mask(tmp_path / "mask.png")
+
+
+def test_more_ids_than_objects_have_are_refused():
+    mask = np.kron(np.arange(70).reshape(7, 10), np.ones((5, 5), int)).astype(np.uint8)
+    with pytest.raises(ValueError, match="drawn: 69 ids, as shades .* at most 64 in one mask"):
+        image_files.check_label(mask, "drawn")
 
 
 def legal_masks():
@@ -244,6 +248,13 @@ def legal_masks():
 @pytest.mark.parametrize(("kind", "mask"), legal_masks())
 def test_legal_masks_are_not_taken_for_anti_aliased(kind, mask):
     np.testing.assert_array_equal(image_files.check_label(mask, kind), mask)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.int32), np.zeros((4, 4, 3), np.uint8)])
+def test_what_is_no_label_map_is_not_written(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"a\.png: \w+ \(4, 4.*\); expected uint8 \[height, wid"):
+        image_files.write_mask(tmp_path / "a.png", wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_indices_of_an_optimised_palette_are_no_ids(tmp_path):

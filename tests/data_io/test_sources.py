@@ -153,6 +153,8 @@ def test_bad_fields(tmp_path, davis_root):
         make(tmp_path, dataset="davis", root=str(davis_root), sequences="synthetic-0009")
     with pytest.raises(ValueError, match="no video 'dog'"):
         make(tmp_path, dataset="davis", root=str(davis_root), exclude="dog")
+    with pytest.raises(ValueError, match="exclude is 'dog', and dataset is synthetic"):
+        make(tmp_path, dataset="synthetic", exclude="dog")
     assert not (tmp_path / "records").exists()
 
 

@@ -55,7 +55,8 @@ def test_output_elsewhere(davis, tmp_path):
     results, arguments = davis
     done = run(*arguments, "--output", tmp_path / "tables", "--sequences", "a", "--split", "val")
     assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "tables").glob("*.csv"))) == 3
+    tables = [path.name for path in (tmp_path / "tables").glob("*_results-val-subset.csv")]
+    assert len(tables) == 3  # not the split's
     assert list(results.glob("*.csv")) == []
 
 
@@ -77,6 +78,12 @@ def test_youtube_vos(tmp_path, write_youtube_vos, write_results):
 def test_categories_are_for_youtube_vos(davis):
     done = run(*davis[1], "--seen-categories", "dog")
     assert done.returncode == 2 and "--seen-categories is for youtube_vos" in done.stderr
+
+
+def test_resolutions_are_for_davis(tmp_path):
+    data = ("--dataset", "youtube_vos", "--root", tmp_path, "--results", tmp_path)
+    done = run(*data, "--resolution", "480p")
+    assert done.returncode == 2 and "--resolution is for DAVIS" in done.stderr
 
 
 def test_evaluation_imports_without_jax():

@@ -1,5 +1,6 @@
 """Propagation: the golden videos from first mask to last label, and what a user can rely on."""
 
+import inspect
 import time
 
 import jax
@@ -284,6 +285,7 @@ def test_options_from_checkpoint(tmp_path):
     assert segmenter.programs.model.global_atrous_rate == 2
     labels = list(segmenter.segment(random_video(2), {0: mask_of(BOXES)}))
     assert labels[1].shape == (40, 56)
+    assert Options(scales=1.15) == Options(scales=[1.15])
     with pytest.raises(TypeError, match="scale"):
         cfbi_jax.VideoSegmenter.from_checkpoint(tmp_path / "ckpt", scale=2)
 
@@ -295,6 +297,7 @@ def test_options_from_checkpoint(tmp_path):
     "options, message",
     [
         (dict(scales=()), "scales"),
+        (dict(scales=0), "scales is 0; expected"),
         (dict(scales=(1.0, -1.0)), "scales"),
         (dict(scales=(float("nan"),)), "scales"),
         (dict(max_objects=255), "max_objects is 255; expected at most 254"),
@@ -339,6 +342,14 @@ def test_bad_frames(segmenter):
     mask = {0: mask_of(BOXES)}
     with pytest.raises(ValueError, match="mask of frame 0 has 40 x 56 pixels; expected 32 x 40"):
         list(segmenter.segment(random_video(2, (32, 40)), mask))
+    labels = segmenter.segment(random_video(4), {2: mask_of({1: (0, 0, 8, 8)}, (16, 16))})
+    with pytest.raises(ValueError, match="mask of frame 2 has 16 x 16 pixels; expected 40 x 56"):
+        next(labels)  # not at frame 2
+    unchecked = inspect.unwrap(cfbi_jax.VideoSegmenter.segment)  # as outside the tests
+    with pytest.raises(TypeError, match="expected {index of the frame: mask}"):
+        unchecked(segmenter, random_video(2), mask[0])
+    with pytest.raises(TypeError, match="'video.mp4'; expected arrays, such as read_frames gives"):
+        unchecked(segmenter, "video.mp4", mask)
     mixed = [*random_video(2), *random_video(1, (32, 40))]
     found = []
     with pytest.raises(ValueError, match="frame 2 has 32 x 40 pixels; expected 40 x 56"):
@@ -381,6 +392,26 @@ def test_bad_streams():
     label = segmenter.step(frames[2])  # what was refused leaves the video as it was
     assert label.shape == (40, 56)
     assert label.any()
+
+
+@pytest.mark.parametrize("fails", ["embed", "predict"])
+def test_a_step_that_failed_can_be_tried_again(monkeypatch, fails):
+    """With a new object: it must not count as known, as its mask was not taken in."""
+    segmenter = small_segmenter()
+    frames, first, second = random_video(3), mask_of({1: BOXES[1]}), mask_of({2: BOXES[2]})
+    segmenter.start(frames[0], first)
+    expected = [segmenter.step(frames[1], mask=second), segmenter.step(frames[2])]
+
+    def out_of_memory(*_, **__):
+        raise MemoryError
+
+    segmenter.start(frames[0], first)
+    with monkeypatch.context() as patch:
+        patch.setattr(segmenter.programs, fails, out_of_memory)
+        with pytest.raises(MemoryError):
+            segmenter.step(frames[1], mask=second)
+    found = [segmenter.step(frames[1], mask=second), segmenter.step(frames[2])]
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_more_objects_than_a_label_map_can_tell_apart(segmenter):

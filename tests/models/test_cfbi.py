@@ -217,6 +217,24 @@ def test_model_config_round_trip_and_errors():
         parameter_shapes(CFBI(backbone="vgg"))
 
 
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("embedding_dim", 50, "expected a multiple of 4"),
+        ("matching_dim", 13, "expected a multiple of 4"),
+        ("ensembler_dim", 3, "expected a multiple of 4"),
+        ("resnet_blocks", (1, 1, 1), "expected 4 numbers"),
+        ("windows", 12, "expected integers, 1 or more"),
+        ("windows", (2.5,), "expected integers, 1 or more"),
+        ("windows", (), "expected 1 or more"),
+        ("embedding_dim", 0, "expected 1 or more"),
+    ],
+)
+def test_numbers_that_make_no_network(field, value, message):
+    with pytest.raises(ValueError, match=f"model field {field} is .*{message}"):
+        build_model({field: value})
+
+
 def test_initial_variables():
     """A fresh network: shapes as stated, gates open, GCT the identity, biases zero, finite."""
     model = CFBI(**SMALL)

@@ -295,11 +295,12 @@ def test_nothing_depends_on_what_is_reported_and_kept(config, whole, tmp_path, m
     assert not (tmp_path / "out" / "pictures").exists()
 
 
-def test_allowed_changes_go_on(config, whole, begun, monkeypatch):
+def test_allowed_changes_go_on(config, whole, begun, caplog):
     config.log_every_steps, config.keep_checkpoints, config.threads = 2, 1, 3
     config.records, config.sources.drawn.root = "elsewhere", "elsewhere"
     config.init_from = ""
     run(config, begun)
+    assert "goes on with its own weights; it began with config.init_from = " in caplog.text
     expected = losses(whole)
     assert losses(begun) == {step: expected[step] for step in (1, 2, 3, 4, 5, 6, 8)}
     assert checkpoint_steps(begun) == [8]

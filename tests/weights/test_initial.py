@@ -61,17 +61,21 @@ def test_random():
     assert not np.array_equal(*kernels)
 
 
-def test_checkpoint(tmp_path):
+def test_checkpoint(tmp_path, caplog):
     model = CFBI(**SMALL)
     variables = random_variables(model, seed=4)
     cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, OFFICIAL_FORMAT)
     found = initial_checkpoint(model, str(tmp_path / "ckpt"), seed=0)
     assert found.model == model and found.image_format == OFFICIAL_FORMAT
     assert_same(found.variables, variables)
+    assert not caplog.records
 
     # Fields without parameters may differ: training goes on with those of the configuration.
-    changed = model.clone(dropout=0.3)
+    changed = model.clone(dropout=0.3, local_downsample=False)
     assert initial_checkpoint(changed, str(tmp_path / "ckpt"), seed=0).model == changed
+    assert "ckpt was trained with other settings; now local_downsample = False (there True), d" in (
+        caplog.text
+    )
     for other in (CFBI(**{**SMALL, "embedding_dim": 24}), MOBILE):
         with pytest.raises(ValueError, match="ckpt: the arrays are not those of its architecture"):
             initial_checkpoint(other, str(tmp_path / "ckpt"), seed=0)
