@@ -117,7 +117,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
         _check_complete(file, path)
         image = _open_image(file, path)
         try:
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            # Not `image.getexif`, which decodes a PNG to look for more behind its pixels.
+            orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
         except (SyntaxError, ValueError, struct.error):  # damaged: nobody turns it
             orientation = 1
     if orientation not in (0, 1):

@@ -130,6 +130,11 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         -(-config.batch_size * config.num_train_steps // clips.epoch_length),
     )
     if begun:  # the weights come from the run's own checkpoint
+        if begun["run"]["init_from"] != config.init_from:
+            LOGGER.warning(
+                "%s: the run there goes on with its own weights; it began with config.init_from %r",
+                *(workdir, begun["run"]["init_from"]),
+            )
         start = initial_checkpoint(model, "", config.seed)
         image_format = stored_image_format(begun["image_format"])
         start = dataclasses.replace(start, image_format=image_format)
@@ -260,11 +265,6 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
     scores = workdir / metric_writers.EVALUATIONS_FILE
     evaluated = scores.is_file() and scores.stat().st_size > 0
     different = checkpoints.contradictions(stored, plain, evaluated)
-    if stored.get("init_from") != plain.get("init_from"):
-        LOGGER.warning(
-            "%s: the run there goes on with its own weights; it began with config.init_from = %r",
-            *(workdir, stored.get("init_from")),
-        )
     if different:
         listing = "\n  ".join(different)
         raise ValueError(

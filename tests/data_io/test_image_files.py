@@ -63,13 +63,14 @@ def test_jpeg_frames_are_decoded_as_by_the_official_code(tmp_path, picture):
     np.testing.assert_array_equal(image_files.read_frame(path), cv2.imread(str(path))[..., ::-1])
 
 
-def test_exif_orientation_is_not_applied_but_refused_beforehand(tmp_path, picture):
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_orientation_is_not_applied_but_refused_beforehand(tmp_path, picture, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    path = tmp_path / "a.jpg"
-    path.write_bytes(jpeg_bytes(picture, exif=exif))
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(picture).save(path, exif=exif)
     assert image_files.read_frame(path).shape == (40, 56, 3)
-    with pytest.raises(ValueError, match=r"a\.jpg: viewers turn .*orientation 6.* as stored"):
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: viewers turn .*orientation 6.* as stored"):
         image_files.image_size(path)
 
 

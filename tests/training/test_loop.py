@@ -300,7 +300,7 @@ def test_allowed_changes_go_on(config, whole, begun, caplog):
     config.records, config.sources.drawn.root = "elsewhere", "elsewhere"
     config.init_from = ""
     run(config, begun)
-    assert "goes on with its own weights; it began with config.init_from = " in caplog.text
+    assert "goes on with its own weights; it began with config.init_from " in caplog.text
     expected = losses(whole)
     assert losses(begun) == {step: expected[step] for step in (1, 2, 3, 4, 5, 6, 8)}
     assert checkpoint_steps(begun) == [8]
