@@ -116,7 +116,8 @@ def run(commands: Sequence[Command], jobs: int) -> Iterator[Command]:
                 for each in running:
                     each.stand_still(measuring not in (None, each))
                 if asked:
-                    os.write(measuring.answers, _GO)
+                    with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile
+                        os.write(measuring.answers, _GO)
         finally:
             for each in running:
                 each.send(signal.SIGKILL)
