@@ -229,12 +229,15 @@ def write_mask(
     write_file(path, encoded.getvalue())
 
 
-def write_image(path: Path | str, rgb: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Writes an RGB picture, PNG or JPEG by its suffix; it appears complete or not at all."""
+def write_image(path: Path | str, picture: UInt8[np.ndarray, "height width channels"]) -> None:
+    """Writes an RGB picture, PNG or JPEG by its suffix, or RGBA as PNG; it appears complete or not
+    at all."""
     suffix = Path(path).suffix.lower()
-    if suffix not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"{path}: cannot write {suffix!r} pictures; expected .png or .jpg")
-    _, encoded = cv2.imencode(suffix, cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    suffixes = (".png",) if picture.shape[2] == 4 else (".png", ".jpg", ".jpeg")
+    if suffix not in suffixes:
+        raise ValueError(f"{path}: cannot write {suffix!r} pictures; expected {suffixes}")
+    order = cv2.COLOR_RGBA2BGRA if picture.shape[2] == 4 else cv2.COLOR_RGB2BGR
+    _, encoded = cv2.imencode(suffix, cv2.cvtColor(picture, order))
     write_file(path, encoded.tobytes())
 
 

@@ -1,0 +1,195 @@
+"""Cuts the objects of given masks out of a video.
+
+    python scripts/segment.py --checkpoint CKPT --video video.mp4 --masks first.png --output OUT \\
+        --overlay --cutouts
+
+`--video` is a video file, or a folder of pictures in the order of the numbers in their names.
+Masks are indexed or grey PNGs of its size: 0 is the background, other values are object ids. The
+first one is frame 0's; `40=later.png` is frame 40's, for new objects or corrections.
+
+    OUT/masks/00000.png        masks: indexed; a picture's mask has its name
+    OUT/overlay.mp4            --overlay: the video with the objects coloured
+    OUT/cutouts/1/00000.png    --cutouts: object 1, all else transparent
+
+`--option NAME=VALUE` sets a field of `cfbi_jax.inference.options.Options`:
+`--option "scales=(1.0, 1.3)" --option compute_dtype=bfloat16`. Bad input gives a message and exit
+status 1.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.progress import track
+
+from cfbi_jax import VideoSegmenter
+from cfbi_jax.data.image_files import (
+    VOC_PALETTE,
+    list_frames,
+    read_mask,
+    read_palette,
+    write_image,
+)
+from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.video import MaskWriter, check_writable, overlay, read_frames
+
+PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--video", required=True, type=Path, help="video file or folder")
+    parser.add_argument(
+        "--masks", required=True, nargs="+", metavar="[FRAME=]PNG", help="frame 0 if not named"
+    )
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--overlay", action="store_true", help="write OUT/overlay.mp4")
+    parser.add_argument("--cutouts", action="store_true", help="write OUT/cutouts/<id>/")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    return parser.parse_args(arguments)
+
+
+def mask_paths(arguments: list[str]) -> dict[int, Path]:
+    """`["first.png", "40=later.png"]` -> `{0: first.png, 40: later.png}`."""
+    paths = {}
+    for argument in arguments:
+        frame, path = re.fullmatch(r"(?:(\d+)=)?(.+)", argument, re.DOTALL).groups()
+        frame = int(frame or 0)
+        if frame in paths:
+            raise ValueError(f"two masks for frame {frame}: {paths[frame]} and {path}")
+        paths[frame] = Path(path)
+    return paths
+
+
+def options_of(arguments: list[str]) -> dict[str, Any]:
+    """`["flip=True"]` -> `{"flip": True}`; the values are Python's, or text."""
+    known = [field.name for field in dataclasses.fields(Options)]
+    options = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"--option {argument}: expected NAME=VALUE with one of {known}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
+@contextlib.contextmanager
+def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields a function that adds an RGB frame. The file appears complete or not at all.
+
+    Codecs want even sizes: an odd one is filled up with its last row or column.
+    Errors: OSError where OpenCV cannot write such a file.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    writer = cv2.VideoWriter()
+
+    def write(rgb: np.ndarray) -> None:
+        height, width = rgb.shape[:2]
+        rgb = cv2.copyMakeBorder(rgb, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        if not writer.isOpened():
+            size = rgb.shape[1], rgb.shape[0]
+            if not writer.open(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size):
+                raise OSError(f"{path}: OpenCV cannot write a video of {size[0]} x {size[1]}")
+        writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+
+    try:
+        yield write
+        writer.release()
+        os.replace(temporary, path)
+    finally:
+        writer.release()
+        temporary.unlink(missing_ok=True)
+
+
+def stated_by(video: Path) -> tuple[int, float]:
+    """Frames of a video file and frames per second, as it says; 0 where it does not."""
+    capture = cv2.VideoCapture(str(video))
+    try:
+        count, per_second = (capture.get(x) for x in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    finally:
+        capture.release()
+    return max(int(count), 0), max(per_second, 0.0)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    options = Options(**options_of(arguments.option))
+    video, output = arguments.video, arguments.output
+    frames = read_frames(video)
+    names, per_second = None, PICTURES_PER_SECOND
+    if video.is_dir():
+        names = [path.stem for path in list_frames(video)]
+        count = last = len(names)
+    else:
+        count, stated = stated_by(video)
+        per_second = stated or per_second
+        last = count / 0.9 or math.inf  # some containers only estimate the number
+    paths = mask_paths(arguments.masks)
+    late = [frame for frame in sorted(paths) if frame >= last]
+    if late:
+        raise ValueError(f"masks for frames {late}; {video} has {count} frames")
+    masks = {frame: read_mask(path) for frame, path in paths.items()}
+    palette = read_palette(paths[min(paths)])
+    if palette is None:
+        palette = VOC_PALETTE
+
+    results = [output / name for name in ("masks", "overlay.mp4", "cutouts")]
+    for path in results:
+        if path.exists():
+            raise FileExistsError(f"{path} exists; delete it, or choose another --output")
+    masks_folder, overlay_path, cutouts = results
+    check_writable(output)
+
+    seen = deque()  # frames whose masks are still to come
+
+    def remembered() -> Iterator[np.ndarray]:
+        for frame in frames:
+            if arguments.overlay or arguments.cutouts:
+                seen.append(frame)
+            yield frame
+
+    segmenter = VideoSegmenter.from_checkpoint(arguments.checkpoint, **dataclasses.asdict(options))
+    labels = segmenter.segment(remembered(), masks)
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(MaskWriter())
+        if arguments.overlay:
+            write_frame = stack.enter_context(video_writer(overlay_path, per_second))
+        for index, label in enumerate(track(labels, "segmenting", count or None)):
+            name = f"{index:05d}" if names is None else names[index]
+            writer.write(masks_folder / f"{name}.png", label, palette)
+            if not seen:
+                continue
+            frame = seen.popleft()
+            if arguments.overlay:
+                write_frame(overlay(frame, label, palette=palette))
+            if arguments.cutouts:
+                for object_id in np.unique(label[label > 0]):
+                    alpha = np.where(label == object_id, 255, 0).astype(np.uint8)
+                    path = cutouts / str(object_id) / f"{name}.png"
+                    write_image(path, np.dstack([frame, alpha]))
+    for path in results:
+        if path.exists():
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (OSError, ValueError, MemoryError) as error:
+        sys.exit(f"error: {error}")

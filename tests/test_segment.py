@@ -1,0 +1,168 @@
+"""scripts/segment.py, as a user runs it: what it writes is what `VideoSegmenter` says."""
+
+import importlib.util
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from small import mask_of, random_video, small_network
+
+import cfbi_jax
+from cfbi_jax.data.image_files import read_mask, read_palette, write_image, write_mask
+from cfbi_jax.inference.video import overlay, read_frames
+from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.weights.checkpoint import save_checkpoint
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "segment.py"
+FIRST, LATER = mask_of({1: (4, 4, 20, 20), 7: (24, 30, 36, 50)}), mask_of({9: (2, 40, 14, 54)})
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("segment", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with a checkpoint, five pictures and two masks in colours of their own."""
+    root = tmp_path_factory.mktemp("inputs")
+    save_checkpoint(root / "checkpoint", *small_network(), IMAGENET_FORMAT)
+    for t, frame in enumerate(random_video(5)):
+        write_image(root / "pictures" / f"shot {8 + t}.png", frame)
+    palette = np.random.default_rng(0).integers(0, 256, (256, 3)).astype(np.uint8)
+    write_mask(root / "first.png", FIRST, palette)
+    write_mask(root / "later.png", LATER)
+    return root
+
+
+def run(script, inputs, output, *more, video="pictures", masks=("first.png",)):
+    masks = [
+        str(name).replace("=", f"={inputs}/") if "=" in name else inputs / name for name in masks
+    ]
+    arguments = ["--checkpoint", inputs / "checkpoint", "--video", inputs / video]
+    arguments += ["--output", output, "--masks", *masks, *more]
+    script.main(script.parse_arguments([str(argument) for argument in arguments]))
+
+
+def frames_of(video):
+    capture = cv2.VideoCapture(str(video))
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def test_pictures(script, inputs, tmp_path, capsys):
+    out = tmp_path / "out"
+    masks = "first.png", "3=later.png"
+    run(
+        script,
+        inputs,
+        out,
+        "--overlay",
+        "--cutouts",
+        "--option",
+        "local_atrous_rate=2",
+        masks=masks,
+    )
+    segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(inputs / "checkpoint", local_atrous_rate=2)
+    frames = list(read_frames(inputs / "pictures"))
+    labels = list(segmenter.segment(frames, {0: FIRST, 3: LATER}))
+
+    names = [f"shot {8 + t}" for t in range(5)]
+    assert {path.stem for path in (out / "masks").iterdir()} == set(names)
+    palette = read_palette(inputs / "first.png")
+    for name, label in zip(names, labels, strict=True):
+        path = out / "masks" / f"{name}.png"
+        np.testing.assert_array_equal(read_mask(path, refuse_shades=False), label)
+        np.testing.assert_array_equal(read_palette(path), palette)
+
+    cutouts = {}
+    for path in (out / "cutouts").glob("*/*.png"):
+        picture = np.array(Image.open(path))
+        assert picture.shape == (40, 56, 4)
+        t = names.index(path.stem)
+        np.testing.assert_array_equal(picture[..., :3], frames[t])
+        np.testing.assert_array_equal(picture[..., 3], 255 * (labels[t] == int(path.parent.name)))
+        cutouts.setdefault(t, set()).add(int(path.parent.name))
+    assert cutouts == {t: set(np.unique(label)) - {0} for t, label in enumerate(labels)}
+    assert 9 in cutouts[3] and 9 not in cutouts[2]
+
+    found, per_second = frames_of(out / "overlay.mp4")
+    assert len(found) == 5 and per_second == 24
+    for picture, frame, label in zip(found, frames, labels, strict=True):
+        shown = overlay(frame, label, palette=palette)
+        other = overlay(frame, label)  # in other colours
+        found = [np.abs(picture.astype(float) - x).mean() for x in (shown, other)]
+        assert found[0] < 0.5 * found[1], found
+    assert capsys.readouterr().out.count("wrote") == 3
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_video_file(script, inputs, tmp_path):
+    """Its masks are numbered; its overlay has its speed; sizes may be odd."""
+    with script.video_writer(inputs / "video.mp4", 10.0) as write:
+        for frame in random_video(4):
+            write(frame)
+    out = tmp_path / "out"
+    run(script, inputs, out, "--overlay", video="video.mp4", masks=["2=first.png"])
+    assert sorted(path.name for path in out.iterdir()) == ["masks", "overlay.mp4"]
+    labels = [read_mask(out / "masks" / f"{t:05d}.png", refuse_shades=False) for t in range(4)]
+    segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(inputs / "checkpoint")
+    expected = segmenter.segment(read_frames(inputs / "video.mp4"), {2: FIRST})
+    np.testing.assert_array_equal(labels, list(expected))
+    found, per_second = frames_of(out / "overlay.mp4")
+    assert len(found) == 4 and per_second == 10
+
+    odd = np.zeros((41, 57, 3), np.uint8)
+    odd[:, -1] = 255
+    with script.video_writer(tmp_path / "odd.mp4", 24.0) as write:
+        write(odd)
+    (frame,), _ = frames_of(tmp_path / "odd.mp4")
+    assert frame.shape == (42, 58, 3) and (frame[:, -2:] > 128).all()
+
+
+def test_what_fails_leaves_no_video_and_no_temporary_file(script, tmp_path):
+    with pytest.raises(KeyError), script.video_writer(tmp_path / "x.mp4", 24.0) as write:
+        write(np.zeros((16, 16, 3), np.uint8))
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(masks=["first.png", "0=later.png"]),
+            "two masks for frame 0: .*first.png and .*later",
+        ),
+        (dict(masks=["first.png", "5=later.png"]), r"masks for frames \[5\]; .* has 5 frames"),
+        (dict(masks=["none.png"]), "none.png"),
+        (dict(video="none.mp4"), "none.mp4: no such folder of frames or video file"),
+        (
+            dict(more=["--option", "scale=2"]),
+            r"--option scale=2: expected NAME=VALUE with one of \[",
+        ),
+        (dict(more=["--option", "flip"]), "--option flip: expected NAME=VALUE"),
+        (
+            dict(more=["--option", "scales=(1.0, -1.0)"]),
+            "scales is .*; expected one or more positive",
+        ),
+    ],
+)
+def test_bad_input_is_known_before_anything_is_written(script, inputs, tmp_path, changes, message):
+    changes = dict(changes)
+    with pytest.raises((OSError, ValueError), match=message):
+        run(script, inputs, tmp_path / "out", *changes.pop("more", ()), **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_not_replaced(script, inputs, tmp_path):
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(FileExistsError, match="masks exists; delete it, or choose another"):
+        run(script, inputs, tmp_path)
