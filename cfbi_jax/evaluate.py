@@ -125,8 +125,8 @@ def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
     for folder in {path.parent for paths in inputs for path in paths}:
         if folder.resolve().is_relative_to(results):
             raise ValueError(
-                f"--workdir is {workdir}, and the data set's files in {folder} are where its masks "
-                "would be written; expected another --workdir"
+                f"{workdir}: the data set's files in {folder} are where masks would be written; "
+                "expected another folder for the results"
             )
 
 
@@ -178,7 +178,11 @@ def run(
         )
     left = dataset.unfinished(videos, workdir)
     if left:
-        LOGGER.info("other processes still work on %s; the last one scores", ", ".join(left))
+        LOGGER.info(
+            "other processes still work on %s; the last one scores (if none does, repeat the "
+            "command)",
+            ", ".join(left),
+        )
         return None
 
     # Another process, with other weights or options, may have done some since the first look.

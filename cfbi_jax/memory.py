@@ -6,8 +6,9 @@
 Nothing is allocated but the weights. The numbers are those of the device that compiles.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,17 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.parts.items())
         return f"{self.peak / MIB:.0f} MiB ({parts})"
+
+
+@contextlib.contextmanager
+def explained(what_helps: str) -> Iterator[None]:
+    """Raises MemoryError, with what helps, where the device's memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(f"out of device memory; {what_helps}\n{error}") from error
 
 
 def tree_bytes(tree: Any) -> int:

@@ -34,6 +34,7 @@ from cfbi_jax.data import davis
 from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.image_files import ids_in, read_frame
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, read_given, split_names
+from cfbi_jax.evaluation import report
 from cfbi_jax.inference.dataset import results_folder
 from cfbi_jax.inference.video import MaskWriter, prefetch
 from cfbi_jax.models.cfbi import CFBI, build_model
@@ -243,8 +244,11 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.root, arguments.year, arguments.split, arguments.resolution, arguments.sequences
     )
     check_videos(videos)
+    evaluate.check_apart(videos, output)
     features = load_features(arguments) if arguments.method == "nearest" else None
     results = results_folder(output)
+    for split in (arguments.split, report.subset_name(arguments.split)):
+        report.remove_tables(output, split)  # of the masks that go
     for video in videos:
         with MaskWriter() as writer:
             labels = video_labels(video, features, arguments.neighbours or 1)

@@ -25,7 +25,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
     parser.add_argument("--sequences", type=split_names, help="expect only these: blackswan,dog")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if found.sequences is not None and not found.sequences:
+        parser.error("--sequences names no sequence")
+    return found
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -40,6 +40,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the tables; default: --results")
     parser.add_argument("--threads", type=int, help="default: one per core")
     found = parser.parse_args(arguments)
+    if found.sequences is not None and not found.sequences:
+        parser.error("--sequences names no sequence")
     if found.seen_categories is not None and found.dataset != "youtube_vos":
         parser.error(f"--seen-categories is for youtube_vos; --dataset is {found.dataset}")
     if found.resolution is not None and found.dataset == "youtube_vos":

@@ -42,7 +42,13 @@ from cfbi_jax.data.image_files import (
     write_image,
 )
 from cfbi_jax.inference.options import Options
-from cfbi_jax.inference.video import MaskWriter, check_writable, overlay, read_frames
+from cfbi_jax.inference.video import (
+    MaskWriter,
+    check_writable,
+    open_video,
+    overlay,
+    read_frames,
+)
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
 
@@ -120,7 +126,7 @@ def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray
 
 def stated_by(video: Path) -> tuple[int, float]:
     """Frames of a video file and frames per second, as it says; 0 where it does not."""
-    capture = cv2.VideoCapture(str(video))
+    capture = open_video(video)
     try:
         count, per_second = (capture.get(x) for x in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
     finally:

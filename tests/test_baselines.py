@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,38 @@ def test_results_of_a_network_are_not_replaced(baselines, davis, tmp_path):
     with pytest.raises(ValueError, match="holds the results of a network"):
         baselines.main(arguments_of(baselines, "--method", "first-mask", *data))
     assert not (tmp_path / "Annotations").exists()
+
+
+def test_the_data_sets_masks_are_not_replaced(baselines, davis, tmp_path):
+    """In a data set without a folder per resolution they are where an output's masks would be."""
+    shutil.copytree(davis, tmp_path / "flat")
+    for kind in ("JPEGImages", "Annotations"):
+        for folder in (tmp_path / "flat" / kind / "48p").iterdir():
+            folder.rename(tmp_path / "flat" / kind / folder.name)
+    before = read_masks(tmp_path / "flat/Annotations/synthetic-0001")
+    data = ("--root", tmp_path / "flat", "--resolution", ".", "--output", tmp_path / "flat")
+    with pytest.raises(ValueError, match="Annotations/.* are where masks would be written"):
+        baselines.main(arguments_of(baselines, "--method", "first-mask", *data))
+    after = read_masks(tmp_path / "flat/Annotations/synthetic-0001")
+    assert all(np.array_equal(after[name], mask) for name, mask in before.items())
+
+
+def test_no_table_is_left_of_masks_that_go(baselines, davis, tmp_path, monkeypatch):
+    data = ("--root", davis, "--resolution", "48p", "--output", tmp_path / "out")
+    arguments = arguments_of(baselines, "--method", "first-mask", *data)
+    baselines.main(arguments)
+    assert list((tmp_path / "out").glob("*.csv"))
+    labels = baselines.video_labels
+
+    def interrupted(video, *more):
+        if video.name == "synthetic-0002":
+            raise KeyboardInterrupt
+        return labels(video, *more)
+
+    monkeypatch.setattr(baselines, "video_labels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        baselines.main(arguments)
+    assert not list((tmp_path / "out").glob("*.csv"))
 
 
 def test_bad_input_is_a_message(davis, tmp_path):

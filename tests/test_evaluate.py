@@ -1,5 +1,6 @@
 """The evaluation command from folders to PNGs, tables and zip, with a small random network."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import cfbi_jax
 from cfbi_jax import evaluate
 from cfbi_jax.config import default_config
 from cfbi_jax.data import synthetic
+from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.evaluation.submission import check_submission
 from cfbi_jax.inference import dataset
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -233,6 +235,8 @@ def test_another_data_set_of_the_same_names_is_noticed(config, davis, tmp_path):
 def test_masks_of_an_earlier_run_do_not_enter_the_zip(config, tmp_path):
     stale = tmp_path / "out" / "Annotations" / "synthetic-0000" / "00099.png"
     stale.parent.mkdir(parents=True)
+    (tmp_path / "out" / "segmented").mkdir()
+    (tmp_path / "out" / "segmented" / "synthetic-0000.lock").touch()  # the run was interrupted
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(stale)
     run(config, tmp_path / "out")
     assert not stale.exists()
@@ -262,6 +266,36 @@ def test_processes_share_the_videos(config, tmp_path):
     assert (out / "submission.zip").exists()
 
 
+def test_masks_of_something_else_are_not_replaced(config, tmp_path):
+    """Such as a baseline's, or the data set's own."""
+    mask = tmp_path / "out" / "Annotations" / "synthetic-0000" / "00002.png"
+    mask.parent.mkdir(parents=True)
+    mask.write_bytes(b"somebody's")
+    with pytest.raises(BadFile, match="synthetic-0000: masks that were made by something else"):
+        evaluate.prepare(config, tmp_path / "out")
+    assert mask.read_bytes() == b"somebody's"
+    config.overwrite = True
+    run(config, tmp_path / "out")
+    assert mask.read_bytes() != b"somebody's"
+
+
+def test_a_video_that_another_process_gave_up_is_taken_over(config, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    evaluation = evaluate.prepare(config, out)
+    held = contextlib.ExitStack()
+    assert held.enter_context(dataset._hold(out / "segmented" / "synthetic-0000.lock"))
+    write = dataset.write_file
+
+    def write_and_give_up(path, data):  # while we work on the next video
+        write(path, data)
+        held.close()
+
+    monkeypatch.setattr(dataset, "write_file", write_and_give_up)
+    assert evaluate.run(evaluation) is not None
+    assert len(times_of(out / "Annotations" / "synthetic-0000")) == FRAMES
+    assert (out / "submission.zip").exists()
+
+
 def test_two_runs_do_not_mix_in_one_folder(config, tmp_path):
     """Both began in an empty folder, and each did a video."""
     out = tmp_path / "out"
@@ -273,7 +307,7 @@ def test_two_runs_do_not_mix_in_one_folder(config, tmp_path):
     message = r"synthetic-0001\.json: .*made by something else"
     with (
         dataset._hold(out / "segmented" / "synthetic-0001.lock"),
-        pytest.raises(ValueError, match=message),
+        pytest.raises(BadFile, match=message),  # which the command shows without a traceback
     ):
         evaluate.run(first)
     assert not (out / "submission.zip").exists()

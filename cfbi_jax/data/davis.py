@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfbi_jax.data.image_files import list_frames
-from cfbi_jax.data.videos import EvaluationVideo, Reading, TrainingFiles, check_names, skip_short
+from cfbi_jax.data.videos import (
+    EvaluationVideo,
+    Reading,
+    TrainingFiles,
+    check_are_folders,
+    check_names,
+    skip_short,
+)
 
 
 def evaluation_videos(
@@ -68,7 +75,7 @@ def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
     """The names in `ImageSets/<year>/<split>.txt`.
 
     Errors: FileNotFoundError for a missing root or list, naming the lists there are; ValueError for
-    an empty list or a name that is in it twice.
+    an empty list, a name that is in it twice or is no folder's.
     """
     root = Path(root)
     if not root.is_dir():
@@ -84,6 +91,7 @@ def sequence_names(root: Path | str, year: int, split: str) -> list[str]:
     names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path}: an empty list; expected a sequence name per line")
+    check_are_folders(names, path)
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"{path}: more than once in the list: {', '.join(twice)}")

@@ -149,6 +149,13 @@ def split_names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
+def check_are_folders(names: Iterable[str], where: Path) -> None:
+    """Raises ValueError for a name that leads anywhere but to a folder in another one."""
+    for name in names:
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{where}: {name!r} in the list; expected the name of a folder")
+
+
 def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: Path) -> None:
     """Raises ValueError, with the nearest known names, for a wanted name that is not known."""
     known = list(known)

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfbi_jax.data.videos import EvaluationVideo, TrainingFiles, check_names, skip_short
+from cfbi_jax.data.videos import (
+    EvaluationVideo,
+    TrainingFiles,
+    check_are_folders,
+    check_names,
+    skip_short,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]
     """The objects of each video in `<split>/meta.json`: video -> id -> `ObjectEntry`.
 
     Errors: FileNotFoundError; ValueError for a file that is no JSON or not built as it should be, a
-    video without objects, an object without frames, ids outside 1..255.
+    video without objects, an object without frames, ids outside 1..255, a name that is no folder's.
     """
     root = Path(root)
     if not root.is_dir():
@@ -106,6 +112,7 @@ def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]
     except ValueError as error:
         raise ValueError(f"{path}: damaged, no JSON ({error})") from error
     videos = _mapping(content, "videos", f"{path}")
+    check_are_folders(videos, path)
     return {name: _read_objects(videos, name, path) for name in videos}
 
 

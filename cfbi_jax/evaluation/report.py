@@ -157,7 +157,9 @@ def _youtube_vos_values(scores: youtube_vos.Scores) -> list[tuple[str, float]]:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column == "Object" else "right")
+        # Folded, not cut: names of one sequence's objects differ at their end.
+        justify = "left" if column == "Object" else "right"
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
+    BadFile,
     read_frame,
     read_mask,
     read_palette,
@@ -73,55 +74,54 @@ def segment_videos(
         interrupted call goes on without it.
       overlays: also write OUT/overlays/<video>.png, a strip of a few frames.
 
-    Returns the videos that this process did. Raises ValueError, before anything is computed, where
+    Returns the videos that this process did. Raises BadFile, before anything is computed, where
     finished videos were made by something else.
     """
     if not overwrite:
         check_made_by(videos, output, made_by)
-    records = output / "segmented"
-    records.mkdir(parents=True, exist_ok=True)
+    (output / "segmented").mkdir(parents=True, exist_ok=True)
     if overwrite:
         for video in videos:
             _forget(video, output)
     done: list[Segmented] = []
-    with _Meter(videos) as meter:
-        for video in videos:
-            with _hold(records / f"{video.name}.lock") as held:
-                finished = _finished_by(video, output) is not None
-                if not held or finished:
-                    reason = "another process is at work on it"
-                    if held:  # perhaps by another process, and since the check above
+    left = list(videos)
+    with _Meter() as meter:
+        while left:
+            meter.expect(left)
+            before, held_elsewhere = len(done), []
+            for video in left:
+                with _hold(_lock(video, output)) as held:
+                    if not held:
+                        LOGGER.info("%s: another process is at work on it", video.name)
+                        held_elsewhere.append(video)
+                        meter.skip(video)
+                    elif _finished_by(video, output) is None:
+                        done.append(
+                            _segment_video(segmenter, video, output, meter, made_by, overlays)
+                        )
+                    else:  # perhaps by another process, and since the check above
                         check_made_by([video], output, made_by)
-                        reason = "finished before"
                         if overlays and not _overlay_path(output, video).exists():
                             _write_overlay(output, video)
-                    LOGGER.info("%s: %s", video.name, reason)
-                    meter.skip(video)
-                    continue
-                _forget(video, output)
-                result = _segment_video(segmenter, video, output, meter)
-                if overlays:
-                    _write_overlay(output, video)
-                content = {**dataclasses.asdict(result), "made_by": _made_by(made_by, video)}
-                write_file(_record(video, output), json.dumps(content, indent=1).encode())
-            done.append(result)
-            LOGGER.info(
-                "%s: %d frames, %.2f per second with decoding and writing, %.2f without; %s",
-                result.name,
-                result.frames,
-                result.frames / result.seconds,
-                result.frames / max(result.compute_seconds, 1e-9),
-                meter.remaining(),
-            )
+                        LOGGER.info("%s: finished before", video.name)
+                        meter.skip(video)
+            # Meanwhile a process that held one may have ended without finishing it.
+            left = held_elsewhere if len(done) > before else []
     return done
 
 
 def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapping) -> None:
-    """Raises ValueError, with a list of the differences, if finished videos in `output` were made
-    by something else than `made_by`."""
+    """Raises BadFile, with a list of the differences, if finished videos in `output` were made by
+    something else than `made_by`, or if there are masks that no run of ours has begun."""
     for video in videos:
         found, now = _recorded(video, output), _made_by(made_by, video)
         if found is None:
+            folder = results_folder(output) / video.name
+            if next(folder.glob("*.png"), None) and not _lock(video, output).exists():
+                raise BadFile(
+                    f"{folder}: masks that were made by something else; choose another --workdir, "
+                    "or --config.overwrite=True to replace them"
+                )
             continue
         different = [
             f"{key}: {found.get(key)!r} there, {now.get(key)!r} now"
@@ -129,7 +129,7 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
             if found.get(key) != now.get(key)
         ]
         if different:
-            raise ValueError(
+            raise BadFile(
                 f"{_record(video, output)}: the finished results were made by something else:\n  "
                 + "\n  ".join(different)
                 + "\nchoose another --workdir, or --config.overwrite=True to replace them"
@@ -137,8 +137,12 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
 
 
 def _made_by(made_by: Mapping, video: EvaluationVideo) -> dict:
-    """With what identifies the video (frames by name and size, given masks by content), and as it
-    comes back from JSON: tuples are lists."""
+    """With what identifies the video, and as it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps({**made_by, "video": identity(video)}))
+
+
+def identity(video: EvaluationVideo) -> str:
+    """A hash of what is segmented: frames by name and size, given masks by content."""
     state = hashlib.blake2b(digest_size=16)
     for path in video.frames:
         state.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -146,7 +150,7 @@ def _made_by(made_by: Mapping, video: EvaluationVideo) -> dict:
         state.update(f"{index}\n".encode())
         state.update(video.given[index].read_bytes())
     state.update(repr((video.save, video.reading, sorted(video.starts.items()))).encode())
-    return json.loads(json.dumps({**made_by, "video": state.hexdigest()}))
+    return state.hexdigest()
 
 
 def unfinished(videos: Sequence[EvaluationVideo], output: Path) -> list[str]:
@@ -161,6 +165,10 @@ def is_finished(video: EvaluationVideo, output: Path, made_by: Mapping) -> bool:
 
 def _record(video: EvaluationVideo, output: Path) -> Path:
     return output / "segmented" / f"{video.name}.json"
+
+
+def _lock(video: EvaluationVideo, output: Path) -> Path:
+    return output / "segmented" / f"{video.name}.lock"
 
 
 def _forget(video: EvaluationVideo, output: Path) -> None:
@@ -193,7 +201,11 @@ def _segment_video(
     video: EvaluationVideo,
     output: Path,
     meter: "_Meter",
+    made_by: Mapping,
+    overlays: bool,
 ) -> Segmented:
+    """Writes a video's masks, then its picture, then its record."""
+    _forget(video, output)
     start = time.perf_counter()
     masks = {index: read_given(video, index) for index in sorted(video.given)}
     palette = read_palette(video.given[min(video.given)])
@@ -213,7 +225,20 @@ def _segment_video(
                 writer.write(folder / f"{path.stem}.png", label, palette)
             meter.frame(video)
     seconds = time.perf_counter() - start
-    return Segmented(video.name, len(video.frames), seconds, sum(times))
+    result = Segmented(video.name, len(video.frames), seconds, sum(times))
+    if overlays:
+        _write_overlay(output, video)
+    content = {**dataclasses.asdict(result), "made_by": _made_by(made_by, video)}
+    write_file(_record(video, output), json.dumps(content, indent=1).encode())
+    LOGGER.info(
+        "%s: %d frames, %.2f per second with decoding and writing, %.2f without; %s",
+        result.name,
+        result.frames,
+        result.frames / result.seconds,
+        result.frames / max(result.compute_seconds, 1e-9),
+        meter.remaining(),
+    )
+    return result
 
 
 def _overlay_path(output: Path, video: EvaluationVideo) -> Path:
@@ -236,9 +261,8 @@ class _Meter:
 
     LOG_EVERY_SECONDS = 60
 
-    def __init__(self, videos: Sequence[EvaluationVideo]):
-        self._left = sum(len(video.frames) for video in videos)
-        self._done = 0
+    def __init__(self):
+        self._left = self._done = 0
         self._start = self._logged = time.perf_counter()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -248,7 +272,7 @@ class _Meter:
             disable=not rich.get_console().is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=self._left, rate="")
+        self._task = self._bar.add_task("", rate="")
 
     def __enter__(self) -> "_Meter":
         self._bar.start()
@@ -257,8 +281,14 @@ class _Meter:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
+    def expect(self, videos: Sequence[EvaluationVideo]) -> None:
+        self._change(sum(len(video.frames) for video in videos))
+
     def skip(self, video: EvaluationVideo) -> None:
-        self._left -= len(video.frames)
+        self._change(-len(video.frames))
+
+    def _change(self, frames: int) -> None:
+        self._left += frames
         self._bar.update(self._task, total=self._left + self._done)
 
     def frame(self, video: EvaluationVideo) -> None:

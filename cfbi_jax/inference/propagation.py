@@ -12,13 +12,12 @@ the work, and everything here is bookkeeping between a user's ids and the networ
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import cv2
-import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from cfbi_jax import memory
 from cfbi_jax.inference.programs import LESS_MEMORY, Programs, to_device
 from cfbi_jax.inference.state import State, remember
 from cfbi_jax.inference.test_time import View
@@ -57,16 +56,9 @@ class Prediction:
         return label, probabilities[np.argsort(ids)].astype(np.float32)
 
 
-@contextlib.contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    """Raises MemoryError, with what helps, where the device's memory does not suffice."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fewer = "a smaller memory_mib computes fewer objects at a time"
-        raise MemoryError(f"out of device memory; {LESS_MEMORY}; {fewer}\n{error}") from error
+def _out_of_memory_explained() -> contextlib.AbstractContextManager[None]:
+    fewer = "a smaller memory_mib computes fewer objects at a time"
+    return memory.explained(f"{LESS_MEMORY}; {fewer}")
 
 
 class Propagation:

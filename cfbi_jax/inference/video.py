@@ -1,5 +1,6 @@
 """Frames in, masks and pictures out, while the computation goes on."""
 
+import logging
 import os
 import queue
 import tempfile
@@ -17,6 +18,8 @@ from jaxtyping import UInt8
 
 from cfbi_jax.data import image_files
 from cfbi_jax.data.image_files import VOC_PALETTE
+
+LOGGER = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -78,7 +81,8 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     that is to be turned (EXIF) is an error, as masks drawn on the turned one would not fit.
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
-    no video or picture, a frame of another size, a video file that ends too early.
+    no video or picture or is cut short (mp4 and AVI), a frame of another size, no frame. Fewer
+    frames than a video file states are told: it may only estimate them, or hide some.
     """
     source = Path(source)
     if source.is_dir():
@@ -90,10 +94,37 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
         return (image_files.read_frame(path) for path in paths)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such folder of frames or video file")
-    capture = cv2.VideoCapture(str(source))
+    _check_complete(source)
+    capture = open_video(source)
     if not capture.isOpened():
         raise ValueError(f"{source}: no video that can be read; expected e.g. an mp4 file")
     return _decode_video(capture, source)
+
+
+def open_video(path: Path) -> cv2.VideoCapture:
+    return cv2.VideoCapture(
+        str(path.absolute())
+    )  # FFmpeg takes what is before a colon for a protocol
+
+
+def _check_complete(path: Path) -> None:
+    """Raises ValueError for an mp4 or AVI file that ends before its last part does."""
+    length, end = path.stat().st_size, 0
+    with path.open("rb") as file:
+        start = file.read(16)
+        if start[:4] == b"RIFF":
+            size = int.from_bytes(start[4:8], "little")
+            end = 0 if size == 0xFFFFFFFF else 8 + size  # not known while it was written
+        elif start[4:8] == b"ftyp":
+            while end < length and len(start) >= 8:  # box after box: size, name, content
+                size = int.from_bytes(start[:4], "big")
+                if size == 1:
+                    size = int.from_bytes(start[8:16], "big")
+                end = end + size if size >= 8 else length  # 0: up to the end of the file
+                file.seek(end)
+                start = file.read(16)
+    if end > length:
+        raise ValueError(f"{path}: cut short; it has {length} bytes, expected {end}")
 
 
 def _decode_video(
@@ -111,9 +142,11 @@ def _decode_video(
             _check_frame_size(f"frame {decoded}", bgr.shape[:2], size, source)
             decoded += 1
             yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-        # The end and a damaged place look the same here. Some containers only estimate the number.
-        if decoded == 0 or decoded < 0.9 * stated:
-            raise ValueError(f"{source}: only {decoded} frames can be read; it states {stated}")
+        # The end and a damaged place look the same here.
+        if decoded == 0:
+            raise ValueError(f"{source}: no frame can be read; it states {stated}")
+        if decoded < stated:
+            LOGGER.warning("%s: %d frames can be read; it states %d", source, decoded, stated)
     finally:
         capture.release()
 

@@ -294,6 +294,13 @@ def test_sequence_of_one_frame_is_skipped(root, caplog):
     assert "dogs-jump" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["animals/bear", "..", "/bear", "./bear"])
+def test_names_are_those_of_folders(root, name):
+    (root / "ImageSets" / "2017" / "val.txt").write_text(f"bear\n{name}\n")
+    with pytest.raises(ValueError, match=rf"val\.txt: '{name}' .* expected the name of a folder"):
+        davis.sequence_names(root, 2017, "val")
+
+
 def test_names_are_lines(tmp_path):
     """Folders may have spaces in their names."""
     path = tmp_path / "ImageSets/2017/train.txt"

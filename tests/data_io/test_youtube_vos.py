@@ -131,6 +131,12 @@ def test_damaged_meta(root, content):
         youtube_vos.evaluation_videos(root)
 
 
+def test_names_are_those_of_folders(root):
+    write_meta(root, {"a/b": {"objects": {"1": {"frames": ["00000"]}}}})
+    with pytest.raises(ValueError, match=r"meta\.json: 'a/b' .* expected the name of a folder"):
+        youtube_vos.read_meta(root, "valid")
+
+
 @pytest.mark.parametrize(
     ("objects", "message"),
     [

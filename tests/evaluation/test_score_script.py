@@ -75,6 +75,30 @@ def test_youtube_vos(tmp_path, write_youtube_vos, write_results):
     assert "Assumed" in done.stdout
 
 
+def test_no_sequence_is_an_error_that_leaves_the_tables(davis):
+    """An empty shell variable, say."""
+    results, arguments = davis
+    assert run(*arguments).returncode == 0
+    before = sorted(results.glob("*.csv"))
+    done = run(*arguments, "--sequences", "")
+    assert done.returncode == 2 and "--sequences names no sequence" in done.stderr
+    assert before and sorted(results.glob("*.csv")) == before
+
+
+def test_long_names_are_shown_whole(tmp_path, write_davis, write_results):
+    masks = np.zeros((4, 16, 16), np.uint8)
+    masks[:, 4:10, 4:10] = 1
+    name = "a-sequence-whose-name-is-longer-than-a-column-of-a-narrow-terminal-can-be"
+    root = write_davis(tmp_path / "DAVIS", {name: masks})
+    results = write_results(tmp_path / "results", {name: masks})
+    done = run("--dataset", "davis2017", "--root", root, "--results", results)
+    assert done.returncode == 0, done.stderr
+    cells = [
+        line.split("\u2502")[1].strip() for line in done.stdout.splitlines() if "\u2502" in line
+    ]
+    assert f"{name}_1" in "".join(cells)
+
+
 def test_categories_are_for_youtube_vos(davis):
     done = run(*davis[1], "--seen-categories", "dog")
     assert done.returncode == 2 and "--seen-categories is for youtube_vos" in done.stderr

@@ -221,6 +221,8 @@ def test_script(davis, tmp_path, monkeypatch):
     rejected = run(root, results)
     assert rejected.returncode == 1
     assert "a: missing frame 00001" in rejected.stdout
+    empty = run(root, results, "--sequences", "")
+    assert empty.returncode == 2 and "--sequences names no sequence" in empty.stderr
     nothing = run(root, tmp_path / "nothing.zip")
     assert nothing.returncode == 1
     assert nothing.stderr.startswith("error: ") and "Traceback" not in nothing.stderr

@@ -1,6 +1,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -133,9 +134,52 @@ def test_bad_video_files(tmp_path):
     write_clip(tmp_path / "whole.avi", noise)
     assert len(list(video.read_frames(tmp_path / "whole.avi"))) == 12
     data = (tmp_path / "whole.avi").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(data[: 2 * len(data) // 3])
-    with pytest.raises(ValueError, match=r"cut\.avi: only \d frames can be read; it states 12"):
-        list(video.read_frames(tmp_path / "cut.avi"))
+    (tmp_path / "cut.avi").write_bytes(data[:-100])
+    message = rf"cut\.avi: cut short; it has {len(data) - 100} bytes, expected {len(data)}"
+    with pytest.raises(ValueError, match=message):
+        video.read_frames(tmp_path / "cut.avi")
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_boxes_of_an_mp4_file(tmp_path, wide):
+    def box(name, content):
+        size = len(content) + (16 if wide else 8)
+        start = (1 if wide else size).to_bytes(4, "big") + name
+        return start + (size.to_bytes(8, "big") if wide else b"") + content
+
+    # The index before the frames, as for the web: such a file opens without its end.
+    data = box(b"ftyp", b"isom") + box(b"moov", b"index" * 9) + box(b"mdat", b"frames" * 99)
+    (tmp_path / "whole.mp4").write_bytes(data)
+    video._check_complete(tmp_path / "whole.mp4")
+    (tmp_path / "cut.mp4").write_bytes(data[:-1])
+    message = rf"cut\.mp4: cut short; it has {len(data) - 1} bytes, expected {len(data)}"
+    with pytest.raises(ValueError, match=message):
+        video._check_complete(tmp_path / "cut.mp4")
+    open_end = data + bytes(4) + b"mdat" + b"frames"  # a last box without a size
+    (tmp_path / "open.mp4").write_bytes(open_end)
+    video._check_complete(tmp_path / "open.mp4")
+
+
+def test_fewer_frames_than_a_file_states(tmp_path, caplog):
+    """Such as a trimmed one's, which hides those before its start: what there is, and a warning."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)
+    write_clip(tmp_path / "clip.avi", frames)
+
+    data = bytearray((tmp_path / "clip.avi").read_bytes())
+    length = data.index(b"strh") + 8 + 32  # of the stream, in its header
+    assert data[length : length + 4] == (5).to_bytes(4, "little")
+    data[length : length + 4] = (12).to_bytes(4, "little")
+    (tmp_path / "clip.avi").write_bytes(data)
+    assert len(list(video.read_frames(tmp_path / "clip.avi"))) == 5
+    assert "clip.avi: 5 frames can be read; it states 12" in caplog.text
+
+
+def test_a_colon_in_a_relative_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    write_clip(tmp_path / "clip.avi", frames)
+    Path("clip.avi").rename("2024-05-01T12:30:00.avi")
+    assert len(list(video.read_frames("2024-05-01T12:30:00.avi"))) == 3
 
 
 # ---- masks ----
