@@ -101,13 +101,16 @@ def default_config() -> ConfigDict:
     # Compute again instead of keeping, to save memory: "none", "segment", "all".
     config.remat = "none"
 
-    # ---- Training: what is kept and shown; 0 means never but at the last step ----
+    # ---- Training: what is kept and shown ----
+    # The next three: 0 means at the last step only.
     config.checkpoint_every_steps = 1000
-    config.keep_checkpoints = 3
     config.eval_every_steps = 5000
     config.log_every_steps = 20
+    # 0: never.
     config.picture_every_steps = 1000
-    # Write a profile of a few steps from this one on.
+    # Checkpoints of the last steps, beside the best one.
+    config.keep_checkpoints = 3
+    # Write a profile of a few steps from this one on; 0: never.
     config.profile_at_step = 0
     return config
 

@@ -8,6 +8,7 @@ closely, turning round at the end of the video.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -107,10 +108,10 @@ class ClipOptions:
             below = max(17, (self.crop_size - 1) // 16 * 16 + 1)
             near = f"{below}" if self.crop_size < 17 else f"{below} or {below + 16}"
             raise ValueError(f"crop_size = {self.crop_size}; expected 16 n + 1, such as {near}")
-        if not 0 < self.min_scale <= self.max_scale:
+        if not 0 < self.min_scale <= self.max_scale < math.inf:
             raise ValueError(
                 f"scales from {self.min_scale} to {self.max_scale}; expected 0 < min_scale <="
-                " max_scale"
+                " max_scale < inf"
             )
         smallest = round(self.short_edge * self.min_scale)
         if smallest < self.crop_size:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from cfbi_jax.data.augment import NOBODY
 from cfbi_jax.data.clips import ClipSource, TrainingVideo
+from cfbi_jax.data.image_files import BadFile
 
 _FIRST_ID = 127  # a pasted object has its own id plus this
 _SCALES = (0.6, 1.1)  # of what is pasted, in pixels of the video that it goes into
@@ -84,13 +85,16 @@ class _PastedVideo:
     def mask(self, t: int) -> UInt8[np.ndarray, "h w"]:
         """Ids; 0 is background, 255 nobody's; pasted objects have their id plus 127.
 
-        Errors: ValueError, naming the video, for ids above 127.
+        Errors: BadFile, naming the video, for ids above 127.
         """
         label, other = self.video.mask(t), self.other.mask(self._time(t))
         for name, ids in ((self.video.name, label), (self.other.name, other)):
             largest = ids[_is_object(ids)].max(initial=0)
             if largest > _FIRST_ID:
-                raise ValueError(f"{name}: object {largest}; expected ids up to {_FIRST_ID}")
+                raise BadFile(
+                    f"{name}: object {largest}; expected ids up to {_FIRST_ID}, as others are "
+                    "pasted into this source (paste = 0 takes any)"
+                )
         other = np.where(_is_object(other), other, np.uint8(0))
         pasted = self._moved(other, label.shape, cv2.INTER_NEAREST)
         visible = (pasted > 0) & ~(_is_object(label) if self.behind else False)

@@ -401,9 +401,7 @@ def _check_field(field: str, value: Any) -> None:
     """Raises ValueError for numbers out of range: widths, depths, windows, rates, dropout."""
     if field == "dropout" and not 0 <= value < 1:
         raise ValueError(f"model field dropout is {value}; expected 0 or more, below 1")
-    if field in ("embedding_dim", "matching_dim") and value % max(1, value // 4):
-        raise ValueError(f"model field {field} is {value}; expected a multiple of 4")
-    if field == "ensembler_dim" and value % 4:
+    if field in ("embedding_dim", "matching_dim", "ensembler_dim") and value % 4:
         raise ValueError(f"model field {field} is {value}; expected a multiple of 4")
     if field == "resnet_blocks" and len(value) != 4:
         raise ValueError(f"model field {field} is {value}; expected 4 numbers")

@@ -277,7 +277,7 @@ FREE_FIELDS = (
 )
 FREE_SUFFIXES = ("_every_steps", ".root")
 # What is evaluated and how.
-EVALUATION = ("data.", "inference.")
+EVALUATION = ("data.", "inference.", "evaluated.")
 
 
 def contradictions(stored: Mapping[str, Any], now: Mapping[str, Any], evaluated: bool) -> list[str]:

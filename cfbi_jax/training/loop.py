@@ -25,6 +25,7 @@ import jax
 from clu import parameter_overview
 
 from cfbi_jax import evaluate
+from cfbi_jax import memory as device_memory
 from cfbi_jax.data import loader
 from cfbi_jax.data.image_files import write_file
 from cfbi_jax.inference import dataset
@@ -41,6 +42,14 @@ from cfbi_jax.weights.checkpoint import load_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 PROFILED_STEPS = 3
+# Steps after which a training that is no number any more ends, even where nothing is logged.
+CHECK_EVERY = 100
+LESS_MEMORY = (
+    "less memory: config.remat=segment or all, config.accumulate (a device's clips in parts, one "
+    "after the other), config.model.compute_dtype=bfloat16, a smaller config.batch_size, "
+    "config.clips.crop_size or config.clips.max_objects (scripts/benchmark.py plan --train says "
+    "what a step takes)"
+)
 
 
 class Stopped(Exception):
@@ -54,10 +63,11 @@ def run(training: Training) -> None:
 
     Raises Stopped after SIGTERM, NotFinite for a loss or gradient that is no number,
     CheckpointError where a checkpoint cannot be written or none can be read, Refused where another
-    run is at work in the folder.
+    run is at work in the folder, MemoryError for what the device's memory does not hold.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(training.workdir))
+        stack.enter_context(device_memory.explained(LESS_MEMORY))
         _train(training, stack)
     _evaluate_best(training)
     from_primary(0)  # the other processes wait
@@ -173,6 +183,8 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
                     logged |= {"data_wait": waited / steps}
                 reports.log(step, logged | memory())
             waited, steps, since = 0.0, 0, time.perf_counter()
+        elif every(step, CHECK_EVERY):
+            _check_finite(training, state)
         if reports and every(step, config.picture_every_steps):
             reports.picture(step, clip_batch, prediction)
         if every(step, config.checkpoint_every_steps) or step == last_step or scores.due(step):

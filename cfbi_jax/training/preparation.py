@@ -27,13 +27,18 @@ from cfbi_jax.data.clips import ClipOptions
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.data.videos import EvaluationVideo
+from cfbi_jax.inference import dataset
 from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, metric_writers, schedule
 from cfbi_jax.training.processes import from_primary
 from cfbi_jax.training.step import StepOptions
 from cfbi_jax.weights.calibration import calibrated
-from cfbi_jax.weights.checkpoint import Checkpoint, stored_image_format
+from cfbi_jax.weights.checkpoint import (
+    Checkpoint,
+    check_writable_by_orbax,
+    stored_image_format,
+)
 from cfbi_jax.weights.initial import initial_checkpoint
 
 LOGGER = logging.getLogger(__name__)
@@ -81,6 +86,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
                 f"config.model.{field} is float16, in which gradients vanish where the loss is not "
                 "scaled, and it is not; expected bfloat16 or float32"
             )
+    check_writable_by_orbax(workdir)
     check_writable(workdir)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     parts = mesh.size * config.accumulate
@@ -146,6 +152,9 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         evaluate.check_apart(evaluation.videos, workdir)  # where the best weights' masks go
         _check_truth(evaluation.videos)
         _check_results(config, workdir, bool(begun))
+        plain["evaluated"] = {v.name: dataset.identity(v) for v in evaluation.videos}
+        if begun:
+            _check_unchanged(begun["run"], plain, workdir)
     return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
 
 
@@ -259,6 +268,8 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
     that is newer than the run has its default there."""
     defaults = default_config().to_dict()
     defaults["sources"] = {name: source().to_dict() for name in begun.get("sources") or {}}
+    if "evaluated" not in begun:  # an older run, or one without evaluations so far
+        defaults["evaluated"] = plain.get("evaluated", {})
     stored = checkpoints.flatten(defaults) | checkpoints.flatten(begun)
     # Which videos there are is known later than the rest of `plain`.
     stored = {field: value for field, value in stored.items() if field.split(".")[0] in plain}
@@ -276,6 +287,7 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
 def _check_results(config: ConfigDict, workdir: Path, begun: bool) -> None:
     """Raises ValueError where the final evaluation would meet results of something else."""
     results = sorted((workdir / "segmented").glob("*.json"))
+    results += sorted(workdir.glob("Annotations/*/*.png"))
     if results and not begun and not config.overwrite:
         raise ValueError(
             f"{results[0]}: results of another evaluation; choose another --workdir, or replace "

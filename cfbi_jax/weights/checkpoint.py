@@ -33,13 +33,15 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder; Orbax renames it into place when it is complete.
 
-    Raises FileExistsError where `path` exists, and ValueError where `variables` do not fit `model`.
+    Raises FileExistsError where `path` exists, and ValueError where `variables` do not fit `model`
+    and for a path that Orbax cannot write to.
     """
     import orbax.checkpoint as ocp  # takes a second to import
 
     path = Path(path).absolute()
     if path.exists():
         raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
+    check_writable_by_orbax(path)
     check_shapes(variables, model, path)
     config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
     options = _options()
@@ -53,6 +55,16 @@ def save_checkpoint(
             variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
         )
         checkpointer.save(path, args=items)
+
+
+def check_writable_by_orbax(path: Path) -> None:
+    """Raises ValueError for a path with `[`: Orbax 0.11 would look for its own parts with the path
+    as a pattern, find none and leave a checkpoint that cannot be read."""
+    if "[" in str(path.absolute()):
+        raise ValueError(
+            f"{path.absolute()}: checkpoints cannot be written below a folder with [ in its name; "
+            "expected another folder"
+        )
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -363,6 +363,7 @@ def test_defaults_are_those_of_the_paper():
         (dict(min_scale=0.9), "= 432 pixels"),
         (dict(min_scale=1.4), "min_scale <= max_scale"),
         (dict(min_scale=0.0), "0 < min_scale"),
+        (dict(max_scale=float("inf")), "max_scale < inf"),
         (dict(min_scale=float("nan")), "0 < min_scale"),
         (dict(num_current=0), "num_current = 0; expected 1 or more"),
         (dict(max_gap=0), "max_gap = 0"),

@@ -4,6 +4,7 @@ from small import GivenVideo
 
 from cfbi_jax.data import pasted
 from cfbi_jax.data.clips import ClipOptions, sample_clip
+from cfbi_jax.data.image_files import BadFile
 
 GREY = 50
 
@@ -129,5 +130,5 @@ def test_errors():
     high = Drawn("high", [box(128, 5, 4)], green=0)
     for video, other in ((COW, high), (high, COW)):
         made = pasted._PastedVideo(video, other, 0, np.eye(2, 3), behind=False)
-        with pytest.raises(ValueError, match="high: object 128; expected ids up to 127"):
+        with pytest.raises(BadFile, match="high: object 128; expected ids up to 127"):
             made.mask(0)

@@ -222,6 +222,8 @@ def test_model_config_round_trip_and_errors():
     [
         ("embedding_dim", 50, "expected a multiple of 4"),
         ("matching_dim", 13, "expected a multiple of 4"),
+        ("matching_dim", 2, "expected a multiple of 4"),
+        ("embedding_dim", 6, "expected a multiple of 4"),
         ("ensembler_dim", 3, "expected a multiple of 4"),
         ("resnet_blocks", (1, 1, 1), "expected 4 numbers"),
         ("windows", 12, "expected integers, 1 or more"),

@@ -138,6 +138,7 @@ def test_half_precision(config, tmp_path):
     save_checkpoint(tmp_path / "start", model, random_variables(model, 0), IMAGENET_FORMAT)
     config.init_from = str(tmp_path / "start")
     config.model.update(wide)
+    config.num_train_steps = config.checkpoint_every_steps = 2
     for dtype in ("float32", "bfloat16"):
         config.model.compute_dtype = dtype
         run(config, tmp_path / dtype)
@@ -151,9 +152,9 @@ def test_half_precision(config, tmp_path):
     for name, values in expected.items():
         np.testing.assert_allclose(found[name][0], values[0], rtol=0.05)
         assert (found[name] != values).all() and np.isfinite(found[name]).all()
-        assert len(found[name]) == STEPS
+        assert len(found[name]) == 2
     found, expected = (
-        {x.dtype for x in arrays(tmp_path / dtype).values()} for dtype in ("bfloat16", "float32")
+        {x.dtype for x in arrays(tmp_path / dtype, 2).values()} for dtype in ("bfloat16", "float32")
     )
     assert found == expected
 
@@ -392,6 +393,33 @@ def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path, numb
     assert_same_run(out, whole)
 
 
+def test_other_videos_to_evaluate_are_refused(config, evaluations, davis, tmp_path, monkeypatch):
+    """The best of scores of different videos would mean nothing. The same ones may have moved."""
+    out = tmp_path / "out"
+    evaluations[:] = [0.9, 0.8, None]
+    run(config, out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    moved = tmp_path / "moved"
+    shutil.copytree(davis, moved)
+    config.data.root = str(moved)
+    preparation.prepare(config, out)
+    mask = moved / "Annotations/480p/synthetic-0001/00000.png"
+    label = Image.open(mask)
+    mirrored = Image.fromarray(np.array(label)[:, ::-1].copy())
+    mirrored.putpalette(label.getpalette())
+    mirrored.save(mask)
+    text = error_of(config, out, monkeypatch)
+    (line,) = text.splitlines()[1:-1]
+    assert line.startswith("  evaluated.synthetic-0001: ")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a[b/out"])
+def test_a_folder_that_checkpoints_cannot_be_written_to(config, tmp_path, monkeypatch, name):
+    text = error_of(config, tmp_path / name, monkeypatch)
+    assert f"{name}: checkpoints cannot be written below a folder with [" in text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_equal_scores_keep_the_newer_weights(config, evaluations, tmp_path, caplog):
     caplog.set_level("INFO", "cfbi_jax")
     evaluations[:] = [0.5, 0.5, None]
@@ -590,6 +618,34 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
     assert re.search(f"step 1: not finite, first in {message}", text), text
     assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
     assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
+
+
+def test_not_finite_is_known_even_where_nothing_is_logged(config, weights, tmp_path, monkeypatch):
+    config.init_from = spoiled(
+        weights, tmp_path / "spoiled", "params/deeplab/backbone/conv1/kernel", 3e38
+    )
+    config.log_every_steps = config.checkpoint_every_steps = config.picture_every_steps = 0
+    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
+    steps = []
+    monkeypatch.setattr(loop.Scores, "due", lambda self, step: steps.append(step))
+    text = error_of(config, tmp_path / "out", monkeypatch)
+    assert "step 1: not finite" in text
+    assert max(steps) < 3 < STEPS
+
+
+def test_out_of_memory_names_what_helps(config, tmp_path, monkeypatch):
+    def make_train_step(*_):
+        def step(state, batch):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"
+            )
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    text = error_of(config, tmp_path / "out", monkeypatch)
+    assert text.startswith("error: out of device memory; less memory: config.remat=segment or all")
+    assert "config.accumulate" in text and text.endswith("allocating 99 bytes")
 
 
 # ----------------------------------------------------------------------------- others, other data

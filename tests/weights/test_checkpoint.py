@@ -45,6 +45,15 @@ def test_never_overwrites(tmp_path, network):
         cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
 
 
+def test_a_folder_that_cannot_be_written_to(tmp_path, network):
+    with pytest.raises(ValueError, match=r"run\[1\]/ckpt: checkpoints cannot be written below"):
+        cfbi_jax.save_checkpoint(tmp_path / "run[1]" / "ckpt", *network, OFFICIAL_FORMAT)
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "ckpt").rename(tmp_path / "run[1]" / "ckpt")
+    assert cfbi_jax.load_checkpoint(tmp_path / "run[1]" / "ckpt").model == network[0]
+
+
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
         cfbi_jax.load_checkpoint(tmp_path / "none")
