@@ -536,6 +536,7 @@ def test_quickstart_command(tmp_path):
         "--config.batch_size=1",
         "--config.clips.crop_size=33",
         "--config.clips.max_objects=1",
+        "--config.clips.num_current=1",  # every one is compiled
         *(f"--config.model.{key}={value}" for key, value in SMALL.items()),
     )
     assert done.returncode == 0, done.stdout + done.stderr
