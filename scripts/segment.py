@@ -5,11 +5,12 @@
 
 `--video` is a video file, or a folder of pictures in the order of the numbers in their names.
 Masks are indexed or grey PNGs of its size: 0 is the background, other values are object ids. The
-first one is frame 0's; `40=later.png` is frame 40's, for new objects or corrections.
+first one is frame 0's; `40=later.png` is frame 40's, for new objects or corrections: frames count
+from 0, whatever pictures are called, and where a later mask is 0 the prediction stays.
 
     OUT/masks/00000.png        masks: indexed; a picture's mask has its name
     OUT/overlay.mp4            --overlay: the video with the objects coloured
-    OUT/cutouts/1/00000.png    --cutouts: object 1, all else transparent
+    OUT/cutouts/1/00000.png    --cutouts: object 1, all else black and transparent
 
 `--option NAME=VALUE` sets a field of `cfbi_jax.inference.options.Options`:
 `--option "scales=(1.0, 1.3)" --option compute_dtype=bfloat16`. Bad input gives a message and exit
@@ -23,6 +24,7 @@ import dataclasses
 import math
 import os
 import re
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -51,6 +53,8 @@ from cfbi_jax.inference.video import (
 )
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
+# Files that state the number of their frames; others only estimate it.
+EXACT = (".mp4", ".m4v", ".mov", ".avi")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -101,23 +105,32 @@ def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray
     """Yields a function that adds an RGB frame. The file appears complete or not at all.
 
     Codecs want even sizes: an odd one is filled up with its last row or column.
-    Errors: OSError where OpenCV cannot write such a file.
+    Errors: OSError where OpenCV cannot write such a file, or wrote less than it was given.
     """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     writer = cv2.VideoWriter()
+    written = 0
+    if per_second > 65:  # MPEG-4 counts time in 1/65535 seconds, OpenCV in thousandths of a frame
+        per_second = round(per_second)
 
     def write(rgb: np.ndarray) -> None:
+        nonlocal written
         height, width = rgb.shape[:2]
         rgb = cv2.copyMakeBorder(rgb, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if not writer.isOpened():
             size = rgb.shape[1], rgb.shape[0]
             if not writer.open(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size):
-                raise OSError(f"{path}: OpenCV cannot write a video of {size[0]} x {size[1]}")
+                what = f"{size[0]} x {size[1]} pixels, {per_second:g} frames per second"
+                raise OSError(f"{path}: OpenCV cannot write a video of {what}")
         writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        written += 1
 
     try:
         yield write
         writer.release()
+        found, _ = stated_by(temporary)  # OpenCV does not say that the disk is full
+        if found != written:
+            raise OSError(f"{path}: {found} of {written} frames were written; a full disk?")
         os.replace(temporary, path)
     finally:
         writer.release()
@@ -145,20 +158,28 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         count, stated = stated_by(video)
         per_second = stated or per_second
-        last = count / 0.9 or math.inf  # some containers only estimate the number
+        last = count or math.inf
+        if video.suffix.lower() not in EXACT:
+            last /= 0.9
     paths = mask_paths(arguments.masks)
     late = [frame for frame in sorted(paths) if frame >= last]
     if late:
-        raise ValueError(f"masks for frames {late}; {video} has {count} frames")
+        raise ValueError(f"masks for frames {late}; {video} has {count} frames, from 0 on")
+    for frame, path in sorted(paths.items()):
+        if path.parent.resolve() == video.resolve():
+            raise ValueError(f"{path}: a mask among the pictures of the video; move it elsewhere")
+        if frame and names:
+            print(f"{path}: the mask of {names[frame]}")
     masks = {frame: read_mask(path) for frame, path in paths.items()}
     palette = read_palette(paths[min(paths)])
     if palette is None:
         palette = VOC_PALETTE
 
     results = [output / name for name in ("masks", "overlay.mp4", "cutouts")]
-    for path in results:
-        if path.exists():
-            raise FileExistsError(f"{path} exists; delete it, or choose another --output")
+    there = ", ".join(str(path) for path in results if path.exists())
+    if there:
+        raise FileExistsError(f"{there}: exists; delete it, or choose another --output")
+    ids = sorted(set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0})
     masks_folder, overlay_path, cutouts = results
     check_writable(output)
 
@@ -185,17 +206,21 @@ def main(arguments: argparse.Namespace) -> None:
             if arguments.overlay:
                 write_frame(overlay(frame, label, palette=palette))
             if arguments.cutouts:
-                for object_id in np.unique(label[label > 0]):
-                    alpha = np.where(label == object_id, 255, 0).astype(np.uint8)
+                opaque = np.dstack([frame, np.full_like(label, 255)])
+                for object_id in ids:
                     path = cutouts / str(object_id) / f"{name}.png"
-                    write_image(path, np.dstack([frame, alpha]))
+                    write_image(path, opaque * (label == object_id)[..., None])
     for path in results:
         if path.exists():
             print(f"wrote {path}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no temporary file
     try:
         main(parse_arguments())
+    except KeyboardInterrupt:
+        print("interrupted: --output holds the first frames only", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")

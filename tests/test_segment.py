@@ -1,6 +1,8 @@
 """scripts/segment.py, as a user runs it: what it writes is what `VideoSegmenter` says."""
 
 import importlib.util
+import resource
+import signal
 from pathlib import Path
 
 import cv2
@@ -87,11 +89,12 @@ def test_pictures(script, inputs, tmp_path, capsys):
         picture = np.array(Image.open(path))
         assert picture.shape == (40, 56, 4)
         t = names.index(path.stem)
-        np.testing.assert_array_equal(picture[..., :3], frames[t])
-        np.testing.assert_array_equal(picture[..., 3], 255 * (labels[t] == int(path.parent.name)))
+        mine = labels[t] == int(path.parent.name)
+        np.testing.assert_array_equal(picture[..., :3], frames[t] * mine[..., None])
+        np.testing.assert_array_equal(picture[..., 3], 255 * mine)
         cutouts.setdefault(t, set()).add(int(path.parent.name))
-    assert cutouts == {t: set(np.unique(label)) - {0} for t, label in enumerate(labels)}
-    assert 9 in cutouts[3] and 9 not in cutouts[2]
+    assert cutouts == dict.fromkeys(range(5), {1, 7, 9})  # every object in every frame
+    assert (labels[3] == 9).any() and not (labels[2] == 9).any()
 
     found, per_second = frames_of(out / "overlay.mp4")
     assert len(found) == 5 and per_second == 24
@@ -100,7 +103,8 @@ def test_pictures(script, inputs, tmp_path, capsys):
         other = overlay(frame, label)  # in other colours
         found = [np.abs(picture.astype(float) - x).mean() for x in (shown, other)]
         assert found[0] < 0.5 * found[1], found
-    assert capsys.readouterr().out.count("wrote") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("wrote") == 3 and "later.png: the mask of shot 11\n" in printed
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
@@ -127,6 +131,33 @@ def test_a_video_file(script, inputs, tmp_path):
     assert frame.shape == (42, 58, 3) and (frame[:, -2:] > 128).all()
 
 
+@pytest.mark.parametrize("per_second", [29.97, 239.947])
+def test_speeds(script, tmp_path, per_second):
+    with script.video_writer(tmp_path / "x.mp4", per_second) as write:
+        for frame in random_video(3):
+            write(frame)
+    frames, found = frames_of(tmp_path / "x.mp4")
+    assert len(frames) == 3 and abs(found - per_second) < 0.1
+
+
+def test_a_video_that_is_not_whole_is_not_kept(script, tmp_path):
+    """As on a full disk, of which OpenCV says nothing."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(OSError, match=r"x\.mp4: \d of 9 frames were written"),
+            script.video_writer(tmp_path / "x.mp4", 24.0) as write,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+            for seed in range(9):
+                write(np.random.default_rng(seed).integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_fails_leaves_no_video_and_no_temporary_file(script, tmp_path):
     with pytest.raises(KeyError), script.video_writer(tmp_path / "x.mp4", 24.0) as write:
         write(np.zeros((16, 16, 3), np.uint8))
@@ -142,6 +173,7 @@ def test_what_fails_leaves_no_video_and_no_temporary_file(script, tmp_path):
             "two masks for frame 0: .*first.png and .*later",
         ),
         (dict(masks=["first.png", "5=later.png"]), r"masks for frames \[5\]; .* has 5 frames"),
+        (dict(masks=["pictures/shot 8.png"]), "shot 8.png: a mask among the pictures"),
         (dict(masks=["none.png"]), "none.png"),
         (dict(video="none.mp4"), "none.mp4: no such folder of frames or video file"),
         (
@@ -164,5 +196,6 @@ def test_bad_input_is_known_before_anything_is_written(script, inputs, tmp_path,
 
 def test_results_are_not_replaced(script, inputs, tmp_path):
     (tmp_path / "masks").mkdir()
-    with pytest.raises(FileExistsError, match="masks exists; delete it, or choose another"):
+    (tmp_path / "cutouts").mkdir()
+    with pytest.raises(FileExistsError, match="masks, .*cutouts: exists; delete it, or choose"):
         run(script, inputs, tmp_path)
