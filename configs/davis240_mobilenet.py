@@ -13,10 +13,10 @@ docs/real_video.md says why, and has the ablations.
 
 Cost: 1.8 to 2.4 s per step of 2 clips on one core of an AMD EPYC, 75 to 95 minutes in all and 5 GB
 of memory. Result, J&F on 8 validation sequences with 10 objects: 0.766 with seed 0, 0.650 with seed
-1; on the seven with one object 0.817 and 0.805 (docs/real_video.md, which also has what frames
-further apart and errors in previous masks do: 0.763 and 0.721). To beat
-(`scripts/baselines.py`): first mask repeated 0.333; nearest neighbours of pretrained features at
-stride 8, one 0.590, ten 0.597.
+1; 0.672 and 0.632 on an Intel Xeon; on the seven with one object 0.796 to 0.817. 600 more steps
+with errors in previous masks: 0.755 and 0.693 (docs/real_video.md, also for what else was tried).
+To beat (`scripts/baselines.py`): first mask repeated 0.333; nearest neighbours of pretrained
+features at stride 8, one 0.590, ten 0.597.
 """
 
 from cfbi_jax.config import default_config, source

@@ -365,7 +365,7 @@ def test_masks_are_not_written_over_the_data_set(config, davis):
             folder.rename(davis / kind / folder.name)
     before = masks_of(davis / "Annotations")
     config.data.resolution = ""
-    with pytest.raises(ValueError, match="--workdir is .* where its masks would be written"):
+    with pytest.raises(ValueError, match="Annotations/.* are where masks would be written"):
         evaluate.prepare(config, davis)
     assert all((mask == before[p]).all() for p, mask in masks_of(davis / "Annotations").items())
 

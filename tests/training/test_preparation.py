@@ -287,7 +287,7 @@ def masks_over_the_truth(config, root):
         (nothing_to_evaluate, ["val: no such folder"]),
         (truth_of_some, ["1 of the 2 videos", "no true masks but the first: synthetic-0001"]),
         (damaged_truth, ["synthetic-0001/00003.png: damaged picture"]),
-        (masks_over_the_truth, ["--workdir is ", "its masks would be written"]),
+        (masks_over_the_truth, ["Annotations/synthetic-0001 are where masks would be written"]),
     ],
 )
 def test_bad_input_is_found_before_the_first_step(
