@@ -107,7 +107,7 @@ def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray
     Codecs want even sizes: an odd one is filled up with its last row or column.
     Errors: OSError where OpenCV cannot write such a file, or wrote less than it was given.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.absolute().with_name(f".{os.getpid()}-{path.name}")  # see open_video
     writer = cv2.VideoWriter()
     written = 0
     if per_second > 65:  # MPEG-4 counts time in 1/65535 seconds, OpenCV in thousandths of a frame
