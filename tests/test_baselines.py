@@ -1,6 +1,5 @@
 """scripts/baselines.py: its arithmetic against NumPy, and as a user runs it."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from from_scripts import load_script
 from PIL import Image
 from small import SMALL, mask_of, random_variables, random_video, small_network
 
@@ -37,10 +37,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def baselines():
-    spec = importlib.util.spec_from_file_location("baselines", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("baselines")
 
 
 @pytest.fixture(scope="module")

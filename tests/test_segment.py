@@ -1,13 +1,12 @@
 """scripts/segment.py, as a user runs it: what it writes is what `VideoSegmenter` says."""
 
-import importlib.util
 import resource
 import signal
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from from_scripts import load_script
 from PIL import Image
 from small import mask_of, random_video, small_network
 
@@ -17,16 +16,12 @@ from cfbi_jax.inference.video import overlay, read_frames
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.weights.checkpoint import save_checkpoint
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "segment.py"
 FIRST, LATER = mask_of({1: (4, 4, 20, 20), 7: (24, 30, 36, 50)}), mask_of({9: (2, 40, 14, 54)})
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("segment", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("segment")
 
 
 @pytest.fixture(scope="module")

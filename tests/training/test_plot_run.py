@@ -1,6 +1,5 @@
 """scripts/plot_run.py as a user runs it, and what its figure shows."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from from_scripts import load_script
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -17,10 +17,7 @@ SCRIPT = ROOT / "scripts" / "plot_run.py"
 
 @pytest.fixture(scope="module")
 def plot_run():
-    spec = importlib.util.spec_from_file_location("plot_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot_run")
 
 
 def run(*arguments):
