@@ -92,6 +92,8 @@ def default_config() -> ConfigDict:
     config.sequential_start = 0.5
     # Share of the clips whose first previous mask gets an error (`training.mask_errors`).
     config.mask_errors = 0.0
+    # From this share of all steps on.
+    config.mask_errors_start = 0.0
     # At this share of all steps the loss has moved to the hardest pixels alone.
     config.mining_end = 0.5
     # Decay of the averaged weights, which are evaluated where they are kept; 0: none.

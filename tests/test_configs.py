@@ -23,6 +23,7 @@ PAPER = {
     "sequential_start": 0.5,
     "mining_end": 0.5,
     "mask_errors": 0.0,
+    "mask_errors_start": 0.0,
     "freeze_backbone": False,
     "ema_decay": 0.0,
     "accumulate": 1,

@@ -8,11 +8,14 @@ learned to follow it loses an object for good where it once is wrong.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 
 def with_error(
-    label: UInt8[Array, "h w"], num_objects: Int[Array, ""], key: PRNGKeyArray, share: float
+    label: UInt8[Array, "h w"],
+    num_objects: Int[Array, ""],
+    key: PRNGKeyArray,
+    share: float | Float[Array, ""],
 ) -> UInt8[Array, "h w"]:
     """With probability `share` a side of one object, or all of it, becomes another row's.
 

@@ -104,6 +104,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         ema_decay=config.ema_decay,
         freeze_backbone=config.freeze_backbone,
         mask_errors=config.mask_errors,
+        mask_errors_step=_share(config, "mask_errors_start"),
     )
     clip_options = ClipOptions(**config.clips)
     model = build_model(config.model.to_dict())
@@ -217,7 +218,7 @@ def _check_numbers(config: ConfigDict) -> None:
         raise ValueError(
             f'config.optimizer is "{config.optimizer}"; expected one of {schedule.OPTIMIZERS}'
         )
-    for name in ("sequential_start", "mining_end"):
+    for name in ("sequential_start", "mining_end", "mask_errors_start"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
 

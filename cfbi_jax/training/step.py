@@ -54,6 +54,7 @@ class StepOptions:
     ema_decay: of the averaged weights; 0: none are kept.
     freeze_backbone: the backbone keeps its weights, and no gradient of them is computed.
     mask_errors: share of the clips whose first previous mask has an error (`mask_errors`).
+    mask_errors_step: from this step on (the first is 0).
     """
 
     max_objects: int = 5
@@ -64,6 +65,7 @@ class StepOptions:
     ema_decay: float = 0.0
     freeze_backbone: bool = False
     mask_errors: float = 0.0
+    mask_errors_step: int = 0
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -330,7 +332,8 @@ def clip_losses(
     previous_label = small[:, PREVIOUS]
     if options.mask_errors:
         error_keys = jax.vmap(partial(jax.random.fold_in, data=frames))(clip_keys)
-        of_clip = partial(with_error, share=options.mask_errors)
+        share = jnp.where(step >= options.mask_errors_step, options.mask_errors, 0.0)
+        of_clip = partial(with_error, share=share)
         previous_label = jax.vmap(of_clip)(previous_label, batch.num_objects, error_keys)
     for t in range(FIRST_CURRENT, frames):
         turn, logits = segment(

@@ -66,17 +66,17 @@ def test_what_there_is_no_object_of_stays():
 
 @pytest.fixture(scope="module")
 def losses_of():
-    """(clips, mask_errors, *steps) -> losses of the clips, in each of the steps."""
+    """(clips, mask_errors, *steps, start=0) -> losses of the clips, in each of the steps."""
     with tiny_parts():
         model = tiny_model()
         variables = jax.tree.map(jnp.asarray, random_variables(model, seed=0))
 
-        def run(clips, mask_errors, *steps):
+        def run(clips, mask_errors, *steps, start=0):
             batch = batch_of(clips, 2)
             batch = batch._replace(packing=jax.tree.map(lambda x: x[0], batch.packing))
 
             def losses(step, batch):
-                options = StepOptions(2, mask_errors=mask_errors)
+                options = StepOptions(2, mask_errors=mask_errors, mask_errors_step=start)
                 return clip_losses(
                     *(model, OFFICIAL_FORMAT, options, variables["params"], variables["frozen"]),
                     *(step, jax.random.key(0), batch),
@@ -113,3 +113,12 @@ def test_errors_are_of_the_step_and_the_clip(losses_of):
     first, again, later = losses_of(clips, 1.0, 3, 3, 4)
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first)) > 3 and (first != later).sum() > 3
+
+
+def test_errors_start_with_a_step(losses_of):
+    clips = random_clips([2, 1], num_frames=4)
+    without, always = losses_of(clips, 0.0, 3, 4), losses_of(clips, 1.0, 3, 4)
+    assert (without[0] != always[0]).all()
+    before, after = losses_of(clips, 1.0, 3, 4, start=4)
+    np.testing.assert_allclose(before, without[0], rtol=1e-6)
+    np.testing.assert_allclose(after, always[1], rtol=1e-6)

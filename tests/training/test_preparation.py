@@ -45,7 +45,8 @@ def test_a_random_start_is_calibrated(config, tmp_path):
 def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
     config.weight_decay, config.momentum, config.max_gradient_norm = 0.1, 0.2, 0.3
     config.freeze_backbone, config.remat, config.accumulate = True, "segment", 2
-    config.sequential_start, config.mining_end, config.mask_errors = 0.25, 0.75, 0.5
+    config.sequential_start, config.mining_end = 0.25, 0.75
+    config.mask_errors, config.mask_errors_start = 0.5, 0.625
     config.learning_rate, config.min_learning_rate, config.warmup_steps = 0.4, 0.01, 3
     training = preparation.prepare(config, tmp_path / "out")
     assert training.options == StepOptions(
@@ -57,6 +58,7 @@ def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
         ema_decay=0.9,
         freeze_backbone=True,
         mask_errors=0.5,
+        mask_errors_step=5,
     )
     assert training.clips.options.crop_size == 33
 
