@@ -78,10 +78,13 @@ def list_frames(folder: Path | str) -> list[Path]:
     for path, following in itertools.pairwise(frames):
         if path.stem == following.stem:
             raise ValueError(f"{following}: the same frame as {path.name}; expected one of them")
-    others = [path for path in frames if not path.stem.isdecimal()]
-    if others and len(others) < len(frames):
-        numbered = next(path for path in frames if path.stem.isdecimal())
-        raise ValueError(f"{others[0]}: no number, unlike {numbered.name}; expected frames only")
+    for pattern in (r"\d+", r".*\d.*"):  # just a number; one somewhere
+        others = [path for path in frames if not re.fullmatch(pattern, path.stem, re.DOTALL)]
+        if others and len(others) < len(frames):
+            numbered = next(path for path in frames if path not in others)
+            raise ValueError(
+                f"{others[0]}: no number, unlike {numbered.name}; expected frames only"
+            )
     return frames
 
 

@@ -357,6 +357,10 @@ def test_frames_are_listed_by_number(tmp_path):
         (tmp_path / "numbers" / name).touch()
     with pytest.raises(ValueError, match=r"first_mask\.png: no number, unlike 0\.jpg"):
         image_files.list_frames(tmp_path / "numbers")
+    (tmp_path / "mask.png").touch()
+    (tmp_path / "frame9.jpg").unlink()
+    with pytest.raises(ValueError, match=r"mask\.png: no number, unlike frame1\.JPG"):
+        image_files.list_frames(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         image_files.list_frames(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
