@@ -114,6 +114,8 @@ def default_config() -> ConfigDict:
     config.keep_checkpoints = 3
     # Write a profile of a few steps from this one on; 0: never.
     config.profile_at_step = 0
+    config.lock()  # a misspelt field in a file of configs/ is an error
+    config.sources.unlock()
     return config
 
 
@@ -138,5 +140,6 @@ def source(**fields) -> ConfigDict:
     config.static = False
     # Paste another video's objects into this share of the videos (`data.pasted`).
     config.paste = 0.0
+    config.lock()
     config.update(fields)
     return config

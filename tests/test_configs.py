@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from cfbi_jax import config as fields
 from cfbi_jax import main
 from cfbi_jax.models.cfbi import build_model
 
@@ -134,3 +135,17 @@ def test_home_folders_are_found_after_an_equals_sign():
     main._expand_home(config)
     assert config.data.root == config.sources.davis.root == str(Path.home() / "DAVIS")
     assert config.init_from == str(Path.home() / "weights.npz")
+
+
+def test_a_misspelt_field_is_an_error():
+    """In a file of an experiment, too, not on the command line alone."""
+    config = fields.default_config()
+    with pytest.raises(AttributeError, match="num_trian_steps"):
+        config.num_trian_steps = 5
+    with pytest.raises(KeyError, match="crop_sise"):
+        config.clips.update(crop_sise=33)
+    with pytest.raises(KeyError, match="weigth"):
+        fields.source(root="DAVIS", weigth=30)
+    config.sources.mine = fields.source(weight=30)
+    with pytest.raises(AttributeError, match="weigth"):
+        config.sources.mine.weigth = 3
