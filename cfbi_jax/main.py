@@ -40,6 +40,8 @@ def main(_) -> None:
     try:
         if DISTRIBUTED.value:
             processes.join(DISTRIBUTED.value)
+            if evaluating:  # what is finished is kept
+                processes.end_at_sigterm()
         prepared = prepare(config, Path(WORKDIR.value).expanduser())
     except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
         sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ nothing else has to be saved, and neither the number of workers nor that of host
 """
 
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -139,7 +140,8 @@ def _begin_worker(*_) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    program = multiprocessing.parent_process().pid  # it may be gone already
+    threading.Thread(target=_end_with, args=(program,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:

@@ -107,13 +107,21 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check_room(self, state: TrainState) -> None:
-        """Raises CheckpointError where the disk has no room for two more checkpoints."""
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_items(state)))
+        """Raises CheckpointError where the disk has no room for what is still to come at most: the
+        checkpoints kept and the next one, the best weights and better ones."""
+        size, best = (
+            sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+            for tree in (_items(state), state.evaluated)
+        )
+        more = max(self._keep + 1 - len(self._manager.all_steps()), 1)
+        bests = 1 if (self.folder.parent / "best").exists() else 2
+        needed = more * size + bests * best
         free = shutil.disk_usage(self.folder).free
-        if free < 2 * size:
+        if free < needed:
             raise CheckpointError(
-                f"{self.folder}: {free >> 20} MiB free; expected {2 * size >> 20} MiB, room for "
-                f"two checkpoints of {size >> 20} MiB"
+                f"{self.folder}: {free >> 20} MiB free; expected {needed >> 20} MiB, room for "
+                f"{more} more checkpoints of {size >> 20} MiB (config.keep_checkpoints is "
+                f"{self._keep}) and {bests} times the best weights"
             )
 
     def reached_preemption(self, step: int) -> bool:
@@ -238,10 +246,19 @@ def _state(variables: Mapping, training: Mapping, like: TrainState) -> TrainStat
 
 
 def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFormat) -> Path:
-    """Replaces OUT/best by `variables`. The old one is there until the new one is."""
+    """Replaces OUT/best by `variables`. The old one is there until the new one is.
+
+    Raises CheckpointError where the new one could not be written.
+    """
     best, new, old = (workdir / name for name in ("best", "best.new", "best.old"))
     shutil.rmtree(new, ignore_errors=True)
-    save_checkpoint(new, model, variables, image_format)
+    try:
+        save_checkpoint(new, model, variables, image_format)
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        free = shutil.disk_usage(workdir).free >> 20
+        raise CheckpointError(
+            f"{best}: could not be written ({_first_line(error)}; {free} MiB free)"
+        ) from error
     if best.exists():
         shutil.rmtree(old, ignore_errors=True)
         best.rename(old)

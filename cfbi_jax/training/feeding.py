@@ -36,7 +36,7 @@ def on_devices(
             for clips in stream:
                 if not put((clips, device_batch(clips, options, mesh))):
                     return
-            put(StopIteration("the stream of clips ended"))
+            put(RuntimeError("the stream of clips ended"))
         except BaseException as error:  # raised where the batch is asked for
             put(error)
 

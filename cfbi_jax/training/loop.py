@@ -34,7 +34,7 @@ from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.diagnosis import NotFinite, explain
 from cfbi_jax.training.feeding import on_devices
 from cfbi_jax.training.preparation import Refused, Training, hold
-from cfbi_jax.training.processes import from_primary
+from cfbi_jax.training.processes import end_at_sigterm, from_primary
 from cfbi_jax.training.reports import Reports, Scores, every, memory
 from cfbi_jax.training.step import TrainState, create_state, make_train_step, replicate
 from cfbi_jax.weights.checkpoint import load_checkpoint
@@ -69,6 +69,8 @@ def run(training: Training) -> None:
         stack.enter_context(hold(training.workdir))
         stack.enter_context(device_memory.explained(LESS_MEMORY))
         _train(training, stack)
+    if jax.process_count() > 1:  # nobody asks any more whether it came
+        end_at_sigterm()
     _evaluate_best(training)
     from_primary(0)  # the other processes wait
 
@@ -246,10 +248,12 @@ class _Signals:
             self._before = {n: signal.signal(n, self._receive) for n in numbers}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if self._alone:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
+        if self._received and kind is None:  # after the last step
+            raise self.by_signal(Stopped("all steps are saved; repeat the command"))
 
     def __call__(self, step: int) -> bool:
         return bool(self._received) if self._alone else self._store.reached_preemption(step)

@@ -75,7 +75,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
                 f"config.{field} is {config[field]!r}, which is for config.mode=eval, and "
                 f"config.mode is {config.mode!r}; config.init_from is what a training starts from"
             )
-    if config.freeze_backbone and not config.init_from:
+    begun = checkpoints.stored_config(workdir)
+    if config.freeze_backbone and not config.init_from and not begun:
         raise ValueError(
             "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
             "random; expected weights of a backbone, or freeze_backbone=False"
@@ -109,7 +110,6 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     clip_options = ClipOptions(**config.clips)
     model = build_model(config.model.to_dict())
     plain = _plain(config)
-    begun = checkpoints.stored_config(workdir)
     if begun:
         _check_unchanged(begun["run"], plain, workdir)
     with hold(workdir):  # before anything of a run that is at work there is touched

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import signal
 from typing import Any
 
 import jax
@@ -18,8 +19,32 @@ def join(address: str) -> None:
     With an address the process has all devices of its host. With `auto` under Slurm it has one GPU,
     as JAX expects a task for each.
 
-    Errors: ValueError for another address; RuntimeError where the others do not come.
+    JAX catches SIGTERM from here on and only remembers it, for the trainings that save on it
+    together (`Checkpoints.reached_preemption`); `end_at_sigterm` undoes that.
+
+    Errors: ValueError for another address; ConnectionError where the others do not come.
     """
+    try:
+        _initialize(address)
+    except RuntimeError as error:
+        raise ConnectionError(f"--distributed={address}: {error}") from error
+    if jax.process_count() == 1:
+        end_at_sigterm()
+    LOGGER.info(
+        "process %d of %d, with %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+
+
+def end_at_sigterm() -> None:
+    """SIGTERM ends the process, as it does without `join`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _initialize(address: str) -> None:
     if address == "auto":
         jax.distributed.initialize()
     else:
@@ -37,13 +62,6 @@ def join(address: str) -> None:
             # Or JAX takes one device of eight where it finds itself in a Slurm job.
             cluster_detection_method="deactivate",
         )
-    LOGGER.info(
-        "process %d of %d, with %d of %d devices",
-        jax.process_index(),
-        jax.process_count(),
-        jax.local_device_count(),
-        jax.device_count(),
-    )
 
 
 def from_primary(tree: Any) -> Any:

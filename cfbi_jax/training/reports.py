@@ -43,7 +43,6 @@ class Reports:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         metrics = {name: np.asarray(value).item() for name, value in metrics.items()}
-        metrics.pop("finite")
         self._writer.write_scalars(step, metrics)
         speed = ""
         if "data_wait" in metrics:

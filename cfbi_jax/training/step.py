@@ -201,11 +201,10 @@ def make_train_step(
             key=state.key,
             halted=state.halted,
         )
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        good = finite & ~state.halted
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & ~state.halted
         new_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
         new_state = new_state._replace(halted=~good)
-        metrics |= {"gradient_norm": norm, "finite": finite, "clip_loss": clip_loss}
+        metrics |= {"gradient_norm": norm, "clip_loss": clip_loss}
         return new_state, metrics, prediction
 
     return train_step

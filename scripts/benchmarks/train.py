@@ -76,7 +76,6 @@ def train(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
         gflop=flops / 1e9,
         clips_per_second=arguments.batch / times.median,
         loss=float(metrics["loss"]),
-        finite=bool(metrics["finite"]),
     )
     return [row, *collective_rows(program.text)], limits
 

@@ -290,3 +290,31 @@ def test_workers_end_with_a_program_that_is_killed(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == -9
+
+
+def test_a_worker_that_starts_after_the_program_was_killed_ends(tmp_path):
+    """A worker imports for seconds before it can look whom it works for."""
+    program = tmp_path / "program.py"
+    program.write_text("""
+import multiprocessing, os, time
+
+def work(pipe):
+    pipe.send("started")
+    time.sleep(1)
+    from cfbi_jax.data.loader import _begin_worker
+    _begin_worker()
+    time.sleep(100)
+
+if __name__ == "__main__":
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=work, args=(theirs,)).start()
+    ours.recv()
+    os.kill(os.getpid(), 9)
+""")
+    done = subprocess.run(
+        [sys.executable, program],
+        stdout=subprocess.PIPE,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == -9

@@ -1,6 +1,9 @@
 """What a checkpoint holds, which of them are kept, and what may change when a run goes on."""
 
+import resource
+import shutil
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,13 @@ from tiny_run import MODEL
 
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
-from cfbi_jax.training.checkpoints import Checkpoints, contradictions, mend_best, save_best
+from cfbi_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    contradictions,
+    mend_best,
+    save_best,
+)
 from cfbi_jax.training.step import TrainState
 from cfbi_jax.weights.checkpoint import load_checkpoint
 
@@ -101,6 +110,52 @@ def test_the_best_is_replaced_as_a_whole(tmp_path):
     mend_best(tmp_path)
     assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
     mend_best(tmp_path)  # nothing to mend
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax' threads
+def test_a_best_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """A limit on the size of files does what a full disk does."""
+    first, second = ({"params": state_of(n, False).params} for n in (0, 1))
+    first["frozen"] = second["frozen"] = variables()["frozen"]
+    save_best(tmp_path, NETWORK, first, IMAGENET_FORMAT)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"best: could not be written \(.* MiB free\)"):
+            save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_equal(load_checkpoint(tmp_path / "best").variables, first)
+    save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+    assert_equal(load_checkpoint(tmp_path / "best").variables, second)
+
+
+def test_room_is_for_all_checkpoints_and_the_best(tmp_path, monkeypatch):
+    state = state_of(0, ema=True)
+    weights = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    evaluated = weights + sum(x.nbytes for x in jax.tree.leaves(state.frozen))
+    key = jax.random.key_data(state.key).nbytes
+    store = opened(tmp_path, keep=3)
+
+    def needed(more, bests):
+        return more * (evaluated + 2 * weights + 4 + key) + bests * evaluated
+
+    def check(free):
+        usage = SimpleNamespace(total=10**9, used=0, free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: usage)
+            store.check_room(state)
+
+    check(needed(4, 2))
+    with pytest.raises(CheckpointError, match=r"room for 4 more .*keep_checkpoints is 3\) and 2"):
+        check(needed(4, 2) - 1)
+    store.save(state)
+    store.wait()
+    save_best(tmp_path, NETWORK, state.evaluated, IMAGENET_FORMAT)
+    check(needed(3, 1))
+    with pytest.raises(CheckpointError, match="room for 3 more .* and 1 times"):
+        check(needed(3, 1) - 1)
+    store.close()
 
 
 def test_contradictions():

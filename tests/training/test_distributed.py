@@ -6,6 +6,7 @@ The parameters' is absolute: they are of order 1, and two updates of 0.05 x a gr
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,6 +54,34 @@ def finish(processes: list[subprocess.Popen]) -> None:
         for process in processes:
             process.kill()
             process.wait()
+
+
+JOINED = """
+import socket, time
+from cfbi_jax.training.processes import join
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+join(f"localhost:{port},0,1")
+print("joined", flush=True)
+time.sleep(100)
+"""
+
+
+def test_sigterm_ends_a_process_that_joined_no_other():
+    """JAX would catch it and tell nobody."""
+    with subprocess.Popen(
+        [sys.executable, "-c", JOINED],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(TESTS.parent)},
+    ) as process:
+        try:
+            assert process.stdout.readline() == "joined\n"
+            process.terminate()
+            assert process.wait(30) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def results(path) -> dict[str, dict[str, np.ndarray]]:

@@ -317,6 +317,24 @@ def test_a_finished_run_does_nothing(config, whole, tmp_path, monkeypatch):
     assert_same_run(out, whole)
 
 
+def test_a_signal_after_the_last_step_is_heard(config, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    wait = Checkpoints.wait
+
+    def signalled(self):
+        wait(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "wait", signalled)
+        with pytest.raises(loop.Stopped, match="all steps are saved; repeat") as stopped:
+            run(config, out)
+    assert stopped.value.signal == signal.SIGTERM
+    run(config, out)
+    assert_same_run(out, whole)
+
+
 def test_another_configuration_is_refused(config, begun, monkeypatch):
     before = (begun / "metrics.jsonl").read_bytes(), (begun / "config.json").read_bytes()
     config.learning_rate, config.clips.crop_size, config.model.resnet_width = 0.01, 17, 8

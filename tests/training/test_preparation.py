@@ -1,6 +1,7 @@
 """What is read and checked before a run, and where it arrives."""
 
 import copy
+import dataclasses
 
 import jax
 import numpy as np
@@ -40,6 +41,19 @@ def test_a_random_start_is_calibrated(config, tmp_path):
     config.init_from, config.calibrate = str(tmp_path / "saved"), True
     loaded = preparation.prepare(config, tmp_path / "loaded").start
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, start.variables)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(config, tmp_path, monkeypatch):
+    """With a frozen backbone, too: it is in the checkpoint."""
+    config.freeze_backbone = True
+    training = preparation.prepare(config, tmp_path / "out")
+    image_format = dataclasses.asdict(training.start.image_format)
+    begun = {"run": training.plain, "image_format": image_format}
+    config.init_from = ""
+    with pytest.raises(ValueError, match="the backbone would stay random"):
+        preparation.prepare(config, tmp_path / "out")
+    monkeypatch.setattr(preparation.checkpoints, "stored_config", lambda _: begun)
+    assert preparation.prepare(config, tmp_path / "out").options.freeze_backbone
 
 
 def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
