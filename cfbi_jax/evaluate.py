@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
 from cfbi_jax.data.image_files import read_mask
+from cfbi_jax.data.sources import DATASETS
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
 from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
@@ -35,7 +36,6 @@ from cfbi_jax.weights.checkpoint import Checkpoint, digest, load_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 SYNTHETIC_SEEDS = tuple(range(8))
-DATASETS = ("davis", "youtube_vos", "synthetic")
 MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
 
 
@@ -67,9 +67,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         data.root = str(workdir / "synthetic")
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
-    ids = check_videos(videos, options.max_objects)
-    if data.dataset != "youtube_vos":
-        _tell_missing_ids(ids)
+    check_videos(videos, options.max_objects)
     _check_truth(videos)
     check_apart(videos, workdir)
     LOGGER.info(
@@ -95,18 +93,6 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     for video in videos:
         options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
-
-
-def _tell_missing_ids(ids: dict[str, tuple[int, ...]]) -> None:
-    """By DAVIS' rule ids up to the largest are objects, and those that are nowhere are perfect."""
-    for name, own in ids.items():
-        missing = sorted(set(range(1, max(own) + 1)) - set(own))
-        if missing:
-            LOGGER.warning(
-                "%s: objects %s, but not %s, which score 1 by DAVIS' rule; expected ids without "
-                "gaps",
-                *(name, ", ".join(map(str, own)), ", ".join(map(str, missing[:5]))),
-            )
 
 
 def _check_truth(videos: list[EvaluationVideo]) -> None:
@@ -276,6 +262,8 @@ def _videos(data: ConfigDict) -> list[EvaluationVideo]:
             f"config.data.all_frames is for YouTube-VOS; {data.dataset} has masks for all frames"
         )
     names = split_names(data.sequences) or None
+    if data.sequences and not names:
+        raise ValueError(f"config.data.sequences is {data.sequences!r}; expected names")
     if data.dataset == "youtube_vos":
         return youtube_vos.evaluation_videos(data.root, data.split, data.all_frames, names)
     return davis.evaluation_videos(data.root, data.year, data.split, data.resolution, names)

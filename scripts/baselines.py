@@ -272,5 +272,5 @@ def main(arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_arguments())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

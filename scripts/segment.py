@@ -77,7 +77,9 @@ def mask_paths(arguments: list[str]) -> dict[int, Path]:
     """`["first.png", "40=later.png"]` -> `{0: first.png, 40: later.png}`."""
     paths = {}
     for argument in arguments:
-        frame, path = re.fullmatch(r"(?:(\d+)=)?(.+)", argument, re.DOTALL).groups()
+        frame, path = re.fullmatch(r"(?:(\d+)=)?(.*)", argument, re.DOTALL).groups()
+        if not path:
+            raise ValueError(f"--masks {argument!r}: expected the name of a PNG")
         frame = int(frame or 0)
         if frame in paths:
             raise ValueError(f"two masks for frame {frame}: {paths[frame]} and {path}")

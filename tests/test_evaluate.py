@@ -100,8 +100,8 @@ def test_ids_with_a_gap(config, davis, tmp_path, caplog):
     for path in (davis / "Annotations/480p/synthetic-0000").iterdir():
         label = np.array(Image.open(path))
         Image.fromarray(np.where(label == 2, 4, label)).save(path)
-    evaluate.prepare(config, tmp_path / "out")
-    assert "synthetic-0000: objects 1, 4, but not 2, 3, which score 1" in caplog.text
+    run(config, tmp_path / "out")
+    assert "synthetic-0000: 2 of 4 objects (2, 3) are not in the first mask" in caplog.text
     assert "synthetic-0001" not in caplog.text
 
 
@@ -458,6 +458,10 @@ def unknown_sequence(config, davis):
     config.data.sequences = "synthetic-0000, nothing"
 
 
+def only_a_comma(config, davis):
+    config.data.sequences = ","
+
+
 def no_such_weights(config, davis):
     """Known before the data set, which may be large, is looked at."""
     config.checkpoint = config.data.root = "nowhere"
@@ -488,6 +492,7 @@ def unknown_dataset(config, davis):
         (rgb_truth, r"synthetic-0001/00002\.png: RGB colours"),
         (too_many_objects, r"max_objects = 1"),
         (unknown_sequence, "'nothing'.*near names"),
+        (only_a_comma, "config.data.sequences is ','; expected names"),
         (no_such_weights, "no such checkpoint folder: nowhere"),
         (damaged_truth, r"synthetic-0001/00002\.png: damaged picture"),
         (no_weights, "config.checkpoint is empty"),

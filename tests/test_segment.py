@@ -189,6 +189,13 @@ def test_bad_input_is_known_before_anything_is_written(script, inputs, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("nothing", ["", "4="])
+def test_a_mask_without_a_name(script, nothing):
+    """As from a shell's variable that is not set."""
+    with pytest.raises(ValueError, match=f"--masks '{nothing}': expected the name of a PNG"):
+        script.mask_paths([nothing])
+
+
 def test_results_are_not_replaced(script, inputs, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "cutouts").mkdir()

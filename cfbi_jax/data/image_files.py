@@ -83,7 +83,7 @@ def list_frames(folder: Path | str) -> list[Path]:
         if others and len(others) < len(frames):
             numbered = next(path for path in frames if path not in others)
             raise ValueError(
-                f"{others[0]}: no number, unlike {numbered.name}; expected frames only"
+                f"{others[0]}: named otherwise than {numbered.name}; expected frames only"
             )
     return frames
 

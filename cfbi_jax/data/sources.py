@@ -74,7 +74,8 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
 
 
 def contents(source: ClipSource) -> str:
-    """Which files a source has: a hash of their names and sizes; "" for videos that are drawn."""
+    """Which files a source has: a hash of names, of frames' sizes and masks' contents; "" for
+    videos that are drawn."""
     while isinstance(source, (StaticClips, PastedVideos)):
         source = source.source
     return source.digest if isinstance(source, RecordVideos) else ""

@@ -7,12 +7,16 @@ no object and is not otherwise ignored.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from cfbi_jax.data.davis import evaluation_videos
+from cfbi_jax.data.image_files import ids_in
 from cfbi_jax.data.videos import EvaluationVideo, empty_first_mask, read_label
 from cfbi_jax.evaluation import metrics, predictions
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,13 @@ def _frame_pairs(video: EvaluationVideo, results: Path) -> list[predictions.Fram
     if not first_mask.any():
         raise empty_first_mask(video)
     object_ids = tuple(range(1, int(first_mask.max()) + 1))
+    missing = sorted(set(object_ids) - set(ids_in(first_mask).tolist()))
+    if missing:
+        LOGGER.warning(
+            "%s: %d of %d objects (%s) are not in the first mask; each scores 1 by DAVIS' rule "
+            "unless it is predicted; expected ids without gaps",
+            *(video.name, len(missing), len(object_ids), ", ".join(map(str, missing[:5]))),
+        )
     return [
         predictions.FramePair(
             prediction=results / video.name / f"{frame.stem}.png",

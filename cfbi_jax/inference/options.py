@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-DTYPES = ("float32", "bfloat16", "float16")
+from cfbi_jax.models.cfbi import DTYPES
+
 # Options that no result depends on, but for rounding.
 BOUNDS = ("max_references", "max_objects", "memory_mib")
 MAX_OBJECTS = 254  # a pixel's row is 8 bits: the background's, the objects', and 255 for nobody's
@@ -42,7 +43,7 @@ class Options:
     memory_mib: int | None = None
 
     def __post_init__(self):
-        given = (self.scales,) if isinstance(self.scales, numbers.Real) else self.scales
+        given = tuple(self.scales) if isinstance(self.scales, Iterable) else (self.scales,)
         if not all(isinstance(scale, numbers.Real) and 0 < scale < math.inf for scale in given):
             raise ValueError(f"scales is {self.scales!r}; expected one or more positive numbers")
         if not given:

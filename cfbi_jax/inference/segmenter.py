@@ -81,7 +81,7 @@ class VideoSegmenter:
     ) -> Iterator[Label] | Iterator[tuple[Label, Probabilities]]:
         """Yields one label per frame, in order; a frame's given mask is part of its label.
 
-        Memory does not grow with the video: frames are read, by a thread, two ahead of the
+        Memory does not grow with the video: frames are read, by a thread, three ahead of the
         computation, which is one ahead of the consumer. Frames before the first mask are
         background.
 
@@ -118,6 +118,7 @@ class VideoSegmenter:
         first = min(masks)
         video, count = Propagation(self.programs, return_probabilities), 0
         waiting: Prediction | None = None
+        finished: Prediction | None = None
         clock = _Clock(times)
         try:
             for index, frame in enumerate(prefetch(_copies(frames))):
@@ -131,9 +132,12 @@ class VideoSegmenter:
                 clock.started(result)
                 finished, waiting = waiting, result
                 if finished is not None:
-                    yield finished.fetch()
+                    label = finished.fetch()
+                    finished = None
+                    yield label
         except Exception:
-            if waiting is not None:  # what was finished before a bad frame is not lost
+            # What was finished before a bad frame is not lost.
+            if waiting is not None and finished is None:
                 yield waiting.fetch()
             raise
         finally:

@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax.inference import test_time
+from cfbi_jax.inference.options import MAX_OBJECTS
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.models.matching import NOBODY
 from cfbi_jax.models.resizing import resize_labels
@@ -41,9 +42,10 @@ Features = tuple[tuple[Float[Shaped, "1 _ _ _"], Float[Shaped, "1 _ _ _"]], ...]
 
 
 def padded_rows(num_objects: int) -> int:
-    """Rows (1 + objects) that are compiled for: exact up to 8 objects, then in steps of 4."""
+    """Rows (1 + objects) that are compiled for: exact up to 8 objects, then in steps of 4, at most
+    as many as labels can name."""
     if num_objects > 8:
-        num_objects = -(-num_objects // 4) * 4
+        num_objects = min(-(-num_objects // 4) * 4, MAX_OBJECTS)
     return 1 + num_objects
 
 

@@ -25,7 +25,8 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """Yields `items` in order while a thread already fetches the next ones, at most `depth`.
+    """Yields `items` in order while a thread already fetches the next ones: `depth`, and one that
+    waits for room.
 
     An error of `items` is raised after the items before it. A consumer that stops early (closes or
     drops this generator) ends the thread, and `items` is closed if it is a generator; that waits
@@ -169,7 +170,8 @@ class MaskWriter:
 
     At most `pending` masks wait; `write` blocks then, which bounds the memory. An error in writing
     is raised by a later `write`, or at the end of the block, which waits for all masks. When the
-    block ends by an error, masks that wait are dropped and that error goes on.
+    block ends by an error, masks that wait are still written (not after Ctrl-C) and that error goes
+    on.
     """
 
     def __init__(self, threads: int = 2, pending: int = 16):
@@ -198,7 +200,8 @@ class MaskWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        interrupted = error is not None and not isinstance(error, Exception)
+        self._pool.shutdown(wait=True, cancel_futures=interrupted)
         if error is None:
             for job in self._pending:
                 job.result()

@@ -372,7 +372,7 @@ def initial_variables(model: CFBI, seed: int) -> dict:
 
 # ------------------------------------------------------------------------- model config <-> model
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_model(config: Mapping[str, Any]) -> CFBI:
@@ -387,8 +387,8 @@ def build_model(config: Mapping[str, Any]) -> CFBI:
         if field not in known:
             raise ValueError(f'unknown model field "{field}"; the fields are {sorted(known)}')
         if field.endswith("_dtype"):
-            if value not in _DTYPES:
-                raise ValueError(f'model field {field} is "{value}"; expected one of {_DTYPES}')
+            if value not in DTYPES:
+                raise ValueError(f'model field {field} is "{value}"; expected one of {DTYPES}')
             value = jnp.dtype(value).type
         elif isinstance(value, (list, tuple)):
             value = tuple(value)

@@ -1,8 +1,9 @@
 """Foreground-background matching of pixel embeddings (paper section 3.1).
 
-Every per-object tensor has `1 + K` *rows*: row 0 is the background, rows 1..K are the objects. A
-batch pads K, so functions take `num_objects [b]` and padded rows reach no minimum of a real row.
-A label map holds the row of every pixel; a value that is no row (255) belongs to nobody.
+Every per-object tensor has `1 + K` *rows*: row 0 is the background, rows 1..K are the objects; the
+number of rows is that of `bias`. A batch pads K, and `valid` keeps padding out of the other rows'
+minima (`background_distance`). A label map holds the row of every pixel; a value that is no row
+(255) belongs to nobody.
 
 Called alone, local matching (and global matching where `matching_kernel` is not at work) multiplies
 with JAX's default precision, on GPUs TF32 for float32; the network asks for the highest.
@@ -11,6 +12,7 @@ Distances: `d = |p - q|^2`, and `D = 2 * (sigmoid(d + bias) - 1/2)` is eq. 1. D 
 minima are taken over d and the bias and the sigmoid are applied to the minimum.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -249,7 +251,7 @@ def _tiles_by_row(
     num_pixels = reference.shape[0]
     num_tiles = num_pixels // tile + num_rows  # enough for any labels
 
-    row = jnp.where(label < num_rows, label, num_rows).astype(jnp.int32)
+    row = jnp.minimum(label.astype(jnp.int32), num_rows)
     count = jnp.bincount(row, length=num_rows + 1)
     first = jnp.cumsum(count) - count
     tiles_of_row = -(-count[:num_rows] // tile)
@@ -359,8 +361,8 @@ def windowed_squared_distance(
         mine = band_label[..., None, :] == rows[:, None]
         squared = jnp.where(mine, squared[..., None, :], FAR)  # [h, s, strip, rows, offsets]
         minima, inner = [], FAR
-        for k, previous_k in zip(ascending, [-1, *ascending], strict=False):
-            ring = (np.abs(offsets) <= k) & (np.abs(offsets) > previous_k)
+        for smaller, k in itertools.pairwise([-1, *ascending]):
+            ring = (np.abs(offsets) <= k) & (np.abs(offsets) > smaller)
             if ring.any():
                 inner = jnp.minimum(inner, jnp.min(squared[..., ring], axis=-1))
             minima.append(jnp.where(jnp.abs(dy) <= k, inner, FAR))
@@ -376,7 +378,12 @@ def windowed_squared_distance(
 
 
 def _diagonals(x: Float[Array, "*batch n m"], n: int) -> Float[Array, "*batch n k"]:
-    """`out[i, j] = x[i, i + j]` for j in 0..m-n, by reading the rows with a pitch of m + 1."""
+    """`out[i, j] = x[i, i + j]` for j in 0..m-n, by reading the rows with a pitch of m + 1:
+
+    a b c . .               a b c . . .
+    . d e f .  read as      d e f . . .  (m = 5, n = 3)
+    . . g h i               g h i 0 0 0
+    """
     *batch, _, m = x.shape
     flat = x.reshape(*batch, n * m)
     flat = jnp.pad(flat, [(0, 0)] * len(batch) + [(0, n)])

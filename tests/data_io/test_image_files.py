@@ -355,11 +355,11 @@ def test_frames_are_listed_by_number(tmp_path):
     for name in ("0.jpg", "1.jpg", "first_mask.png"):
         (tmp_path / "numbers" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "numbers" / name).touch()
-    with pytest.raises(ValueError, match=r"first_mask\.png: no number, unlike 0\.jpg"):
+    with pytest.raises(ValueError, match=r"first_mask\.png: named otherwise than 0\.jpg"):
         image_files.list_frames(tmp_path / "numbers")
     (tmp_path / "mask.png").touch()
     (tmp_path / "frame9.jpg").unlink()
-    with pytest.raises(ValueError, match=r"mask\.png: no number, unlike frame1\.JPG"):
+    with pytest.raises(ValueError, match=r"mask\.png: named otherwise than frame1\.JPG"):
         image_files.list_frames(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         image_files.list_frames(tmp_path / "absent")

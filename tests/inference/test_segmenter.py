@@ -12,6 +12,7 @@ from small import mask_of, random_video, small_network
 import cfbi_jax
 from cfbi_jax.inference import programs
 from cfbi_jax.inference.options import Options
+from cfbi_jax.inference.propagation import Prediction
 from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
 from cfbi_jax.weights.official import convert_state_dict
@@ -221,7 +222,7 @@ def test_the_second_predicted_frame_compiles_nothing():
 
 
 def test_padded_sizes():
-    assert [padded_rows(n) for n in (1, 2, 8, 9, 12, 13)] == [2, 3, 9, 13, 13, 17]
+    assert [padded_rows(n) for n in (1, 2, 8, 9, 12, 13, 254)] == [2, 3, 9, 13, 13, 17, 255]
     assert [padded_references(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 3, 4, 8, 8, 12]
 
 
@@ -392,6 +393,23 @@ def test_bad_streams():
     label = segmenter.step(frames[2])  # what was refused leaves the video as it was
     assert label.shape == (40, 56)
     assert label.any()
+
+
+def test_a_label_that_does_not_come_is_not_replaced_by_the_next(monkeypatch):
+    fetch = Prediction.fetch
+    calls = []
+
+    def fails_once(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise MemoryError
+        return fetch(self)
+
+    frames, found = random_video(4), []
+    monkeypatch.setattr(Prediction, "fetch", fails_once)
+    with pytest.raises(MemoryError):
+        found.extend(small_segmenter().segment(frames, {0: mask_of(BOXES)}))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("fails", ["embed", "predict"])

@@ -245,6 +245,23 @@ def test_mask_writer_lets_the_error_of_its_block_through(tmp_path):
         raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("error, count", [(ZeroDivisionError, 8), (KeyboardInterrupt, 1)])
+def test_masks_before_an_error_are_written(tmp_path, monkeypatch, error, count):
+    write = image_files.write_mask
+
+    def slow_write(*arguments):
+        time.sleep(0.1)
+        write(*arguments)
+
+    monkeypatch.setattr(image_files, "write_mask", slow_write)
+    with pytest.raises(error), video.MaskWriter(threads=1) as writer:
+        for i in range(8):
+            writer.write(tmp_path / f"{i}.png", np.zeros((2, 2), np.uint8))
+        time.sleep(0.05)
+        raise error
+    assert len(list(tmp_path.iterdir())) == count
+
+
 # ---- pictures ----
 
 

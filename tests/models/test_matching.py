@@ -121,6 +121,19 @@ def test_global_matching_over_several_tiles_and_chunks(small_parts):
     np.testing.assert_array_equal(found[0, ..., 2], 1)
 
 
+def test_as_many_rows_as_labels_can_name():
+    rng = np.random.default_rng(0)
+    query, reference = rng.random((2, 6, 3))
+    label = np.array([0, 1, 253, 254, 254, 255], np.uint8)
+    pixels = [jnp.asarray(x, jnp.float32) for x in (query, reference)]
+    found = np.asarray(matching.nearest_squared_distance(*pixels, jnp.asarray(label), 255))
+    exact = np.square(query[:, None] - reference).sum(axis=-1)
+    for row in (0, 1, 253, 254):
+        expected = exact[:, label == row].min(axis=1)
+        np.testing.assert_allclose(found[:, row], expected, atol=2e-6)
+    assert (found[:, 2:253] == matching.FAR).all()
+
+
 def test_global_matching_of_ties_and_of_a_batch(small_parts):
     query, reference, label, bias = random_case(1, 5, 6, 3, 3)
     reference[:] = reference[0, 0, 0]  # every reference pixel is the same
