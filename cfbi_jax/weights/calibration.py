@@ -88,9 +88,10 @@ def _measure(
         embedding, _ = model.apply(variables, images, method=CFBI.embed)
     pixels = embedding.reshape(len(images) // 2, 2, -1, embedding.shape[-1])
     everywhere = jnp.zeros(pixels.shape[2], jnp.uint8)
-    nearest = jax.lax.map(
-        lambda pair: nearest_squared_distance(pair[1], pair[0], everywhere, 1), pixels
-    )
+    with jax.default_matmul_precision("highest"):  # called alone, matching has JAX's default
+        nearest = jax.lax.map(
+            lambda pair: nearest_squared_distance(pair[1], pair[0], everywhere, 1), pixels
+        )
     return statistics, jnp.median(nearest)
 
 
