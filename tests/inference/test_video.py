@@ -245,8 +245,9 @@ def test_mask_writer_lets_the_error_of_its_block_through(tmp_path):
         raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("error, count", [(ZeroDivisionError, 8), (KeyboardInterrupt, 1)])
-def test_masks_before_an_error_are_written(tmp_path, monkeypatch, error, count):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_masks_before_an_error_are_written(tmp_path, monkeypatch, error):
+    """But not those that wait when someone wants to stop."""
     write = image_files.write_mask
 
     def slow_write(*arguments):
@@ -257,9 +258,8 @@ def test_masks_before_an_error_are_written(tmp_path, monkeypatch, error, count):
     with pytest.raises(error), video.MaskWriter(threads=1) as writer:
         for i in range(8):
             writer.write(tmp_path / f"{i}.png", np.zeros((2, 2), np.uint8))
-        time.sleep(0.05)
         raise error
-    assert len(list(tmp_path.iterdir())) == count
+    assert (len(list(tmp_path.iterdir())) == 8) == (error is ZeroDivisionError)
 
 
 # ---- pictures ----
