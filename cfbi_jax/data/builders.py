@@ -26,6 +26,11 @@ from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
 
 
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """There is nothing on Google's servers, and looking leaves an empty folder in /tmp."""
+
+
 class VideoFrames(tfds.core.GeneratorBasedBuilder):
     """The records of any videos. The metadata tell which files they were made from.
 
@@ -69,7 +74,7 @@ class VideoFrames(tfds.core.GeneratorBasedBuilder):
                 " folder to have the records made anew, or choose another place for them"
             )
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _info(self) -> _Info:
         # A scalar of object type holds bytes. The Image feature would turn palettes into colours.
         features = {
             "video": tfds.features.Text(),
@@ -77,7 +82,7 @@ class VideoFrames(tfds.core.GeneratorBasedBuilder):
             "frame": tfds.features.Scalar(np.object_),
             "mask": tfds.features.Scalar(np.object_),
         }
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self,
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # the frames of a video lie one after the other

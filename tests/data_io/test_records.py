@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -215,6 +216,13 @@ def test_complete_records_are_not_written_again(root, tmp_path):
     assert len(before) == 4
     assert prepare(root, tmp_path) == folder
     assert stamps(folder) == before
+
+
+def test_nothing_is_left_elsewhere(root, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    prepare(root, tmp_path)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_data_set_may_move(root, tmp_path):
@@ -469,6 +477,7 @@ def test_youtube_vos_builder(youtube_root, tmp_path):
 
 LIGHT = """
 import sys
+import tempfile
 import zlib
 def no_network(event, args):
     assert event not in ("socket.connect", "socket.getaddrinfo"), args
