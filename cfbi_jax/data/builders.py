@@ -12,18 +12,30 @@ To read videos rather than records: `records.RecordVideos`.
 Importing this module imports TFDS, which takes 0.6 s; TensorFlow is not needed.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
+
+LOGGER = logging.getLogger(__name__)
+
+# Of pictures in a shard of the records, which are in memory while it is written.
+SHARD_BYTES = 256 << 20
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -31,8 +43,11 @@ class _Info(tfds.core.DatasetInfo):
         """There is nothing on Google's servers, and looking leaves an empty folder in /tmp."""
 
 
-class VideoFrames(tfds.core.GeneratorBasedBuilder):
+class VideoFrames(tfds.core.ShardBasedBuilder):
     """The records of any videos. The metadata tell which files they were made from.
+
+    Written shard by shard, as TFDS' other builders collect all records before they write any, past
+    1000 MiB by means of TensorFlow.
 
     Args:
       files: the videos.
@@ -46,33 +61,50 @@ class VideoFrames(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, *, files: Sequence[TrainingFiles], **options):
         self.files = list(files)
-        super().__init__(**options)
+        super().__init__(**{"file_format": "array_record", **options})
 
     def download_and_prepare(self, **options) -> None:
         """Writes the records, or finds them complete. They appear complete or not at all.
 
+        One process at a time writes them, where the file system knows locks.
+
         Args:
           options: those of every TFDS builder.
 
-        Errors: those of `check_training_files`, before anything is written; ValueError if there are
-        records, but of other files: other names, sizes, or order of videos, or another reading. The
+        Errors: those of `check_training_files`, before anything is written; OSError where they
+        cannot be written, for example on a full disk; ValueError if there are records, but damaged
+        ones, or of other files: other names, sizes, or order of videos, or another reading. The
         place of the files does not matter.
         """
         contents = describe(self.files)
-        try:
-            super().download_and_prepare(**{"file_format": "array_record", **options})
-        except OSError:
-            # Another process that prepares the same records may be the first to finish.
-            if not self.data_path.exists():
-                raise
+        with contextlib.nullcontext() if self.data_path.exists() else _turn(Path(self.data_path)):
+            try:
+                super().download_and_prepare(**options)
+            except OSError:
+                # Another process that prepares the same records may be the first to finish.
+                if not self.data_path.exists():
+                    raise
+            except RuntimeError as error:  # what ArrayRecord raises
+                raise OSError(f"{self.data_path}: cannot write the records: {error}") from error
         # What is on disk, whichever process wrote it.
-        self.info.read_from_directory(self.data_path)
+        self._check_complete()
         difference = _first_difference(self.info.metadata["videos"], contents)
         if difference:
             raise ValueError(
                 f"{self.data_path}: made from other files than these: {difference}; delete this"
                 " folder to have the records made anew, or choose another place for them"
             )
+
+    def _check_complete(self) -> None:
+        try:
+            self.info.read_from_directory(self.data_path)
+            expected = sum(len(video["frames"]) for video in self.info.metadata["videos"])
+            files = self.info.splits["train"].filepaths
+            found = sum(ArrayRecordReader(str(file)).num_records() for file in files)
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise _damaged(self.data_path, error) from error
+        if found != expected:
+            raise _damaged(self.data_path, f"{found} of {expected}")
 
     def _info(self) -> _Info:
         # A scalar of object type holds bytes. The Image feature would turn palettes into colours.
@@ -89,25 +121,64 @@ class VideoFrames(tfds.core.GeneratorBasedBuilder):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager) -> dict[str, Any]:
+    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable]]:
         check_training_files(self.files)
         self.info.metadata["videos"] = describe(self.files)
-        return {"train": self._generate_examples()}
+        frames = [
+            (video.name, frame, mask)
+            for video in self.files
+            for frame, mask in zip(video.frames, video.masks, strict=True)
+        ]
+        sizes = [frame.stat().st_size + mask.stat().st_size for _, frame, mask in frames]
+        place, total = Path(self.data_path).parent, sum(sizes)  # the path itself is a temporary one
+        free = shutil.disk_usage(place).free
+        if total > free:
+            raise OSError(
+                f"{place}: {total >> 20} MiB of records, {free >> 20} MiB are free; expected room "
+                "for them, there or in another place"
+            )
+        LOGGER.info("copying %d frames (%d MiB) to %s", len(frames), total >> 20, place)
+        shards, size = [[]], 0
+        for frame, of_frame in zip(frames, sizes, strict=True):
+            if shards[-1] and size + of_frame > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(frame)
+            size += of_frame
+        return {"train": [partial(self._generate_examples, shard) for shard in shards]}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        key = 0
-        for video in self.files:
-            for frame, mask in zip(video.frames, video.masks, strict=True):
-                yield (
-                    key,
-                    {
-                        "video": video.name,
-                        "stem": frame.stem,
-                        "frame": frame.read_bytes(),
-                        "mask": mask.read_bytes(),
-                    },
-                )
-                key += 1
+    def _generate_examples(self, frames) -> Iterator[tuple[int, dict[str, Any]]]:
+        for key, (video, frame, mask) in enumerate(frames):
+            yield (
+                key,
+                {
+                    "video": video,
+                    "stem": frame.stem,
+                    "frame": frame.read_bytes(),
+                    "mask": mask.read_bytes(),
+                },
+            )
+
+
+@contextlib.contextmanager
+def _turn(records: Path) -> Iterator[None]:
+    """Waits until no other process writes these records, where the file system knows locks."""
+    records.parent.mkdir(parents=True, exist_ok=True)
+    with open(records.with_name(f".{records.name}.lock"), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOGGER.info("%s: another process writes these records; waiting for it", records)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # no locks here: all may write, and those of the first to finish are taken
+            pass
+        yield
+
+
+def _damaged(records: os.PathLike, what: Exception | str) -> ValueError:
+    return ValueError(
+        f"{records}: damaged records ({what}); delete this folder to have them made anew"
+    )
 
 
 @dataclasses.dataclass

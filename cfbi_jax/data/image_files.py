@@ -24,7 +24,8 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # More objects than DAVIS or YouTube-VOS have in one video (about 10); a ramp of grey has far more.
 MAX_IDS_IN_MASK = 64
 
-_ID_MODES = ("P", "L", "1", "I;16", "I")  # Pillow: palette, grey of 8, 1 and 16 bits
+# Pillow: palette, grey of 8, 1 and 16 bits, grey with an alpha channel (one mask of DAVIS 2016).
+_ID_MODES = ("P", "L", "1", "I;16", "I", "LA")
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_BITS, _PNG_COLOURS = 24, 25  # where a PNG says its bits per value and its kind of colours
@@ -150,8 +151,8 @@ def read_mask(path: Path | str, refuse_shades: bool = True) -> UInt8[np.ndarray,
     `refuse_shades=False` is for predictions and truth: scarcely visible objects are no error there.
 
     Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
-    instead of ids, has ids above 255, has the in-between values of an anti-aliased drawing, or is
-    indexed with black (the background, to whoever drew it) at another index than 0.
+    instead of ids, is transparent, has ids above 255, has the in-between values of an anti-aliased
+    drawing, or is indexed with black (the background, to whoever drew it) at another index than 0.
     """
     return decode_mask(Path(path).read_bytes(), str(path), refuse_shades)
 
@@ -168,6 +169,10 @@ def decode_mask(
     _check_holds_ids(_open_image(file, name), name)
     image = _decode(file, name)
     label = np.array(image)
+    if image.mode == "LA":
+        label, alpha = label[..., 0], label[..., 1]
+        if data[_PNG_BITS] != 8 or (alpha != 255).any():
+            raise BadFile(f"{name}: a transparent picture; expected object ids, all opaque, 8 bits")
     _check_background(image, label, name)
     bits = data[_PNG_BITS]
     if data[_PNG_COLOURS] == _PNG_GREY and bits in _GREY_STEPS:

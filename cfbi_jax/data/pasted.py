@@ -3,8 +3,8 @@
     before          and            after
     [  cow     ]    [     dog ]    [ dog cow  ]    the dog moves as it does in its own video
 
-Not part of the paper. The other video is sometimes the same one, mirrored and at another time: then
-only place and motion tell the object from its double.
+Not part of the paper. The other video is sometimes the same one, perhaps mirrored and mostly at
+another time: then only place and motion tell the object from its double.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from cfbi_jax.data.image_files import decode_frame, decode_mask
+from cfbi_jax.data.image_files import BadFile, decode_frame, decode_mask
 from cfbi_jax.data.videos import Reading, TrainingFiles
 
 LOGGER = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ LOGGER = logging.getLogger(__name__)
 def prepare(name: str, files: Sequence[TrainingFiles], folder: Path | str) -> Path:
     """Copies the videos' bytes into ArrayRecord below `folder`, unless that is done already.
 
-    The records are as large as the files and appear complete or not at all; while they are written
-    they take that space twice. Returns the folder of the records, for `RecordVideos`.
+    The records are as large as the files and appear complete or not at all. Returns the folder of
+    the records, for `RecordVideos`.
 
     Args:
       name: a folder's name, another one for each set of videos.
@@ -41,7 +41,7 @@ def prepare(name: str, files: Sequence[TrainingFiles], folder: Path | str) -> Pa
 
     Errors: FileNotFoundError for a missing file; ValueError for no videos, a file that is no
     picture or cut short, sizes that disagree in a video (all before anything is written), and for
-    records of that name made from other files.
+    records of that name that are damaged or made from other files; OSError for a full disk.
     """
     import tensorflow_datasets as tfds  # 0.6 s
 
@@ -53,9 +53,6 @@ def prepare(name: str, files: Sequence[TrainingFiles], folder: Path | str) -> Pa
         LOGGER.warning(
             "%s: left by an interrupted preparation; delete it, unless one is running", unfinished
         )
-    if not builder.data_path.exists():
-        count = sum(len(video.frames) for video in files)
-        LOGGER.info("copying %d frames to %s", count, builder.data_path)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints of downloads that there are none
         builder.download_and_prepare()
     return Path(builder.data_path)
@@ -82,7 +79,7 @@ class RecordVideo:
         return self.length
 
     def frame(self, t: int) -> UInt8[np.ndarray, "height width 3"]:
-        """Frame `t` (from 0) as RGB. Errors: IndexError; those of `decode_frame`."""
+        """Frame `t` (from 0) as RGB. Errors: IndexError; BadFile, also for a damaged record."""
         record = self._record(t)
         return decode_frame(record["frame"], self._file(record, "frame"))
 
@@ -99,7 +96,13 @@ class RecordVideo:
         # Without this the neighbouring video would answer.
         if not 0 <= t < self.length:
             raise IndexError(f"{self.name}: frame {t}; expected 0 to {self.length - 1}")
-        return self.videos.source[self.first + t]
+        try:
+            return self.videos.source[self.first + t]
+        except RuntimeError as error:  # what ArrayRecord raises
+            raise BadFile(
+                f"{self.videos.folder}: damaged records ({error}); delete this folder to have them "
+                "made anew"
+            ) from error
 
     def _file(self, record: dict[str, Any], kind: str) -> str:
         return f"{self.videos.folder}: {kind} {self.name}/{record['stem'].decode()}"

@@ -151,7 +151,7 @@ def test_damaged_png_is_refused(tmp_path, read):
         read(path)
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "1", "I;16"])
 def test_masks_of_ids_are_read(tmp_path, mode):
     ids = [[0, 1, 1], [1, 0, 0]] if mode == "1" else [[0, 1, 2], [5, 200, 255]]
     ids = np.kron(ids, np.ones((4, 4), int))
@@ -163,6 +163,8 @@ def test_masks_of_ids_are_read(tmp_path, mode):
         image = Image.fromarray(ids.astype(np.uint8))
     if mode == "P":
         image.putpalette([7, 7, 7] * 256)  # colours do not matter
+    if mode == "LA":
+        image = image.convert("LA")
     image.save(tmp_path / "mask.png")
     assert Image.open(tmp_path / "mask.png").mode == mode
     mask = image_files.read_mask(tmp_path / "mask.png")
@@ -189,11 +191,19 @@ def test_ids_of_few_bits(tmp_path, bits):
     np.testing.assert_array_equal(mask, np.tile(ids, (3, 1)))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_mask_of_colours_is_refused_as_such(tmp_path, mode):
     Image.new(mode, (8, 8)).save(tmp_path / "mask.png")
     message = rf"mask\.png: {mode} colours; expected an indexed or grey PNG"
     with pytest.raises(ValueError, match=message):
+        image_files.read_mask(tmp_path / "mask.png")
+
+
+def test_transparent_mask_is_refused(tmp_path):
+    mask = np.full((8, 8, 2), 255, np.uint8)
+    mask[0, 0, 1] = 254
+    Image.fromarray(mask, "LA").save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask\.png: a transparent picture; expected object ids"):
         image_files.read_mask(tmp_path / "mask.png")
 
 

@@ -1,5 +1,7 @@
 """Small data sets are copied into records, and what is read back is compared with their files."""
 
+import errno
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -10,16 +12,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
 from cfbi_jax.data import builders, davis, records, synthetic, youtube_vos
+from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
 
 SIZE = (48, 64)
@@ -308,8 +313,8 @@ def test_records_read_in_another_way_are_refused(root, tmp_path):
 def test_interrupted_preparation_leaves_nothing(root, tmp_path, monkeypatch):
     original = builders.VideoFrames._generate_examples
 
-    def interrupted(self):
-        for number, example in enumerate(original(self)):
+    def interrupted(self, frames):
+        for number, example in enumerate(original(self, frames)):
             if number == 4:
                 raise KeyboardInterrupt
             yield example
@@ -347,20 +352,108 @@ def test_killed_preparation_is_not_taken_for_a_finished_one(root, tmp_path, capl
     assert records.RecordVideos(folder).video(1).frame(2).shape == (*SIZE, 3)
 
 
-def test_two_processes_may_prepare_the_same(root, tmp_path, monkeypatch):
+def test_without_locks_the_first_to_finish_counts(root, tmp_path, monkeypatch):
     original = builders.VideoFrames._generate_examples
     folders = []
 
-    def overtaken(self):
-        yield from original(self)
+    def overtaken(self, frames):
+        yield from original(self, frames)
         monkeypatch.setattr(builders.VideoFrames, "_generate_examples", original)
         folders.append(prepare(root, tmp_path))
         folders.append(stamps(folders[0]))
 
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(builders.VideoFrames, "_generate_examples", overtaken)
     assert prepare(root, tmp_path) == folders[0]
     assert stamps(folders[0]) == folders[1]  # those of the faster one
     assert not list((tmp_path / "records").rglob("incomplete*"))
+
+
+def test_the_second_process_waits_for_the_first(root, tmp_path, monkeypatch, caplog):
+    original = builders.VideoFrames._generate_examples
+    caplog.set_level(logging.INFO)
+    second = []
+
+    def slow(self, frames):
+        for example in original(self, frames):
+            if not second:
+                second.append(ThreadPoolExecutor(1).submit(prepare, root, tmp_path))
+                while "waiting for it" not in caplog.text:
+                    time.sleep(0.01)
+            yield example
+
+    monkeypatch.setattr(builders.VideoFrames, "_generate_examples", slow)
+    assert prepare(root, tmp_path) == second[0].result()
+    assert caplog.text.count("copying 6 frames") == 1
+
+
+def test_shards(root, tmp_path, monkeypatch):
+    """Many files, none of which TFDS collects in memory before it writes the first."""
+    monkeypatch.setattr(builders, "SHARD_BYTES", 7000)
+    monkeypatch.setattr(tfds.core.writer.shuffle, "MAX_MEM_BUFFER_SIZE", 100)
+    folder = prepare(root, tmp_path)
+    assert 2 < len(list(folder.glob("*.array_record*"))) < 6
+    opened = records.RecordVideos(folder)
+    for number, video in enumerate(davis.training_files(root)):
+        for t, frame in enumerate(video.frames):
+            assert opened.source[3 * number + t]["frame"] == frame.read_bytes()
+
+
+def test_no_room_for_the_records(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 999))
+    with pytest.raises(OSError, match="0 MiB of records, 0 MiB are free; expected room"):
+        prepare(root, tmp_path)
+    assert_no_records(tmp_path)
+
+
+def test_a_disk_that_fills_up(root, tmp_path, monkeypatch):
+    def full(self, record):
+        raise RuntimeError("No space left on device; writing x")
+
+    monkeypatch.setattr(ArrayRecordWriter, "write", full)
+    with pytest.raises(OSError, match="cannot write the records: .*No space left on device"):
+        prepare(root, tmp_path)
+    assert_no_records(tmp_path)
+
+
+def _without_metadata(folder):
+    (folder / "metadata.json").unlink()
+
+
+def _without_info(folder):
+    (folder / "dataset_info.json").unlink()
+
+
+def _without_records(folder):
+    next(folder.glob("*.array_record*")).unlink()
+
+
+def _cut_short(folder):
+    file = next(folder.glob("*.array_record*"))
+    file.write_bytes(file.read_bytes()[:-70_000])
+
+
+@pytest.mark.parametrize("damage", [_without_metadata, _without_info, _without_records, _cut_short])
+def test_damaged_records_are_refused(root, tmp_path, damage):
+    folder = prepare(root, tmp_path)
+    damage(folder)
+    with pytest.raises(ValueError, match=f"{folder}: damaged records .* delete this folder"):
+        prepare(root, tmp_path)
+
+
+def test_damage_that_is_met_when_reading(root, tmp_path):
+    folder = prepare(root, tmp_path)
+    (file,) = folder.glob("*.array_record*")
+    data = bytearray(file.read_bytes())
+    data[100:20_000] = bytes(19_900)
+    file.write_bytes(data)
+    video = records.RecordVideos(prepare(root, tmp_path)).video(0)
+    with pytest.raises(BadFile, match=f"{folder}: damaged records"):
+        for t in range(3):
+            video.frame(t)
 
 
 # ---- What is refused before anything is written ----
@@ -478,7 +571,9 @@ def test_youtube_vos_builder(youtube_root, tmp_path):
 LIGHT = """
 import sys
 import tempfile
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 def no_network(event, args):
     assert event not in ("socket.connect", "socket.getaddrinfo"), args
 sys.addaudithook(no_network)
