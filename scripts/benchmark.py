@@ -19,10 +19,17 @@ between machines and noisy hours, seconds cannot.
 `match` runs plain versions of the same, in JAX and (where it is installed) in torch, and compares
 their numbers before their times. --json writes everything, and details, to a file. Bad input gives
 a message and exit status 1.
+
+`all` measures all settings whose figures are published, into --output/NAME.json and NAME.txt, which
+takes much more than ten minutes. Repeated with the same flags, it goes on with what is missing;
+figures of other flags are measured again, those of another machine are not: give it another folder.
 """
 
 import argparse
+import importlib.util
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +51,6 @@ from benchmarks import (  # noqa: E402
     video,
 )
 from benchmarks.networks import MODELS  # noqa: E402
-from benchmarks.straightforward import import_torch  # noqa: E402
 
 from cfbi_jax.compilation import use_compilation_cache  # noqa: E402
 from cfbi_jax.inference.options import DTYPES  # noqa: E402
@@ -185,7 +191,7 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     if "size" in given:
         arguments.size = parse_size(given["size"])
     if "torch" in given:
-        installed = import_torch() is not None
+        installed = importlib.util.find_spec("torch") is not None
         if arguments.torch and not installed:
             raise ValueError("--torch: torch is not installed; expected pip install torch")
         if arguments.torch is None:
@@ -209,6 +215,8 @@ def main(arguments: argparse.Namespace, command: list[str]) -> None:
         simulate_devices(arguments.devices)
     if arguments.command == "all":  # leave the accelerator's memory to the processes it starts
         jax.config.update("jax_platforms", "cpu")
+    if arguments.command == "plan":  # what tuning on a GPU takes is no part of a run
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     use_compilation_cache(None)  # a program that is read from a file took no time to compile
     machine = measure.machine()
     rows, limits = COMMANDS[arguments.command](arguments)
@@ -217,6 +225,9 @@ def main(arguments: argparse.Namespace, command: list[str]) -> None:
     if arguments.json:
         report.write_json(arguments.json, command, machine, limits, rows)
         print(f"wrote {arguments.json}")
+    failed = [row["name"] for row in rows if row.get("result") == everything.FAILED]
+    if failed:
+        raise ValueError(f"{', '.join(failed)}: failed; {arguments.output}/NAME.txt says why")
 
 
 def simulate_devices(count: int) -> None:
@@ -229,7 +240,10 @@ def simulate_devices(count: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends those that `all` has started
     try:
         main(parse_arguments(), sys.argv)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -42,6 +42,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     found = parser.parse_args(arguments)
     if found.sequences is not None and not found.sequences:
         parser.error("--sequences names no sequence")
+    if found.threads is not None and found.threads < 1:
+        parser.error(f"--threads is {found.threads}; expected 1 or more")
     if found.seen_categories is not None and found.dataset != "youtube_vos":
         parser.error(f"--seen-categories is for youtube_vos; --dataset is {found.dataset}")
     if found.resolution is not None and found.dataset == "youtube_vos":

@@ -59,7 +59,7 @@ def test_match_compares_with_plain_versions(benchmark, run):
     assert {"cpu", "cores", "platform", "device", "jax", "peak_memory"} <= machine.keys()
     assert machine["limits"]["products"]["float32"] > 0 and machine["limits"]["copies"] > 0
     plain = ["straightforward in JAX"]
-    if benchmark.import_torch():
+    if importlib.util.find_spec("torch"):
         plain.append("straightforward in torch")
     assert names(figures, "global matching") == ["ours", "the products alone", *plain]
     assert names(figures, "local matching") == ["ours", *plain]
@@ -265,18 +265,40 @@ def test_every_setting_is_a_command(benchmark, small):
 
 
 def test_all_measures_what_is_not_measured_yet(tmp_path):
-    def run():
-        command = ["all", "--small", "--only", "score", "--runs", "1", "--output", str(tmp_path)]
+    def run(runs=1):
+        command = ["all", "--small", "--only", "score", "--output", str(tmp_path)]
         result = subprocess.run(
-            [sys.executable, str(SCRIPT), *command], capture_output=True, text=True, check=True
+            [sys.executable, str(SCRIPT), *command, "--runs", str(runs)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        return "score: measured" in result.stdout
+        return "score: measured" in result.stdout, "measured before" in result.stdout
 
-    assert run()
+    assert run() == (True, False)
     figures = json.loads((tmp_path / "score.json").read_text())
     assert figures["rows"][0]["seconds"]["runs"] == 1
     assert "scoring" in (tmp_path / "score.txt").read_text()
-    assert not run()
+    assert run() == (False, True)
+    assert run(runs=2) == (True, False)  # other flags
+    figures = json.loads((tmp_path / "score.json").read_text())
+    assert figures["rows"][0]["seconds"]["runs"] == 2
+
+
+def test_all_says_what_failed(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.everything, "settings", lambda _: {"broken": (["score", "x"], 1)})
+    command = ["all", "--output", str(tmp_path)]
+    with pytest.raises(ValueError, match="broken: failed; .*NAME.txt says why"):
+        benchmark.main(benchmark.parse_arguments(command), command)
+    assert "unrecognized arguments: x" in (tmp_path / "broken.txt").read_text()
+
+
+def test_chosen_settings(benchmark):
+    settings = dict.fromkeys(("train-a", "train-b", "plan"))
+    assert list(benchmark.everything.chosen(settings, "")) == ["train-a", "train-b", "plan"]
+    assert list(benchmark.everything.chosen(settings, "-b, plan,")) == ["train-b", "plan"]
+    with pytest.raises(ValueError, match='no setting has "Train" in its name; train-a, train-b'):
+        benchmark.everything.chosen(settings, "plan,Train")
 
 
 # ---- plan, video ----

@@ -1,6 +1,8 @@
 """scripts/benchmarks/turns.py: while one benchmark measures, no other does anything."""
 
 import importlib.util
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -105,6 +107,36 @@ def test_whoever_stops_waiting_leaves_nothing_behind(turns, command):
     before = [len(printed(each)) for each in commands[1:]]
     time.sleep(0.2)
     assert [len(printed(each)) for each in commands[1:]] == before
+
+
+RUN_ENDLESS = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import turns
+commands = [
+    turns.Command(x, [*sys.argv[3:], "endless"], 0.3, pathlib.Path(sys.argv[2]) / x) for x in "abc"
+]
+list(turns.run(commands, jobs=3))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_goes_on_when_the_program_is_killed(tmp_path, number):
+    command = [sys.executable, "-c", RUN_ENDLESS, FILE.parent, tmp_path]
+    program = subprocess.Popen([*command, sys.executable, "-c", BENCHMARK, FILE])
+    files = [tmp_path / name for name in "abc"]
+    while not all(file.exists() and "measures" in file.read_text() for file in files):
+        time.sleep(0.01)
+    program.send_signal(number)
+    program.wait()
+    processes = []
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        processes = subprocess.run(["pgrep", "-f", f"{FILE} endless"], capture_output=True).stdout
+        if not processes:
+            break
+        time.sleep(0.05)
+    assert not processes
 
 
 def test_a_benchmark_that_was_started_alone_does_not_wait(turns, monkeypatch):

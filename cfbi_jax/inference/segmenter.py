@@ -125,11 +125,12 @@ class VideoSegmenter:
                 count += 1
                 if index == 0:
                     _check_mask_size(masks[first], frame, first)
+                started = time.perf_counter()
                 if index < first:
                     result = video.background(frame)
                 else:
                     result = video.advance(frame, masks.get(index))
-                clock.started(result)
+                clock.add(started, result)
                 finished, waiting = waiting, result
                 if finished is not None:
                     label = finished.fetch()
@@ -232,7 +233,8 @@ def _check_all_masks_used(masks: Mapping[int, Label], num_frames: int) -> None:
 class _Clock:
     """How long computing each frame took, whatever the reader and the consumer do meanwhile.
 
-    A thread waits for each result, in order; a frame's time starts when the one before is ready.
+    A thread waits for each result, in order. A frame's time starts when it is taken up, or when the
+    result before is ready if that is later, so the times add up to no more than the whole takes.
     """
 
     def __init__(self, times: list[float] | None):
@@ -240,9 +242,10 @@ class _Clock:
         self._ready = 0.0
         self._thread = None if times is None else ThreadPoolExecutor(1, "clock")
 
-    def started(self, result: Prediction) -> None:
+    def add(self, started: float, result: Prediction) -> None:
+        """`started`: when the frame was taken up, by `time.perf_counter`."""
         if self._thread is not None:
-            self._thread.submit(self._wait, time.perf_counter(), result.rows)
+            self._thread.submit(self._wait, started, result.rows)
 
     def _wait(self, started: float, rows: Array | np.ndarray) -> None:
         jax.block_until_ready(rows)

@@ -1,16 +1,22 @@
 """All settings whose figures are published, one process each, into one folder."""
 
 import argparse
+import importlib.util
 import itertools
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from benchmarks import turns
 from benchmarks.report import Row, make_row
+from cfbi_jax.data.videos import split_names
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
 # Of a GPU's memory (80 GB), what a process of several gets.
 SHARE = 0.1
+FAILED = "failed"
+SLOW = ("startup", "load")  # a run takes ten seconds or more
 TRAINING_SHARES = {
     ("float32", "none"): 0.9,
     ("float32", "segment"): 0.7,
@@ -36,7 +42,9 @@ def settings(small: bool) -> dict[str, tuple[list[str], float]]:
     common = ["--model", models[0], "--size", sizes[0]]
     for dtype in dtypes:
         found[f"stages-{dtype}"] = ["infer", *common, "--dtype", dtype]
-    found["stages-float32"] += ["--torch", "--straightforward"]
+    found["stages-float32"] += ["--straightforward"]
+    if importlib.util.find_spec("torch"):
+        found["stages-float32"] += ["--torch"]
     found["match"] = ["match", *common, "--objects", "5", "--sweep", "--backward"]
     found["plan"] = ["plan", *common, "--objects", "5", "--measure"]
     large = sizes[-1] if small else "2160x3840"
@@ -55,22 +63,40 @@ def settings(small: bool) -> dict[str, tuple[list[str], float]]:
 
 
 def everything(arguments: argparse.Namespace) -> tuple[list[Row], None]:
-    """A row for every setting: whether it ended well, and how long it took. A setting whose
-    figures are in the folder already is not measured again."""
-    commands = []
-    for name, (flags, share) in settings(arguments.small).items():
-        chosen = not arguments.only or any(part in name for part in arguments.only.split(","))
+    """A row for every setting: how it ended, and how long it took. A setting whose figures are in
+    the folder already, measured with the same flags, is not measured again.
+
+    Errors: ValueError for a part of --only that is in no setting's name.
+    """
+    commands, rows = [], []
+    for name, (flags, share) in chosen(settings(arguments.small), arguments.only).items():
         figures = arguments.output / f"{name}.json"
-        if not chosen or figures.exists():
-            continue
-        if flags[0] != "plan":
+        if flags[0] in SLOW:
+            flags = [*flags, "--runs", str(min(arguments.runs, 3))]
+        elif flags[0] != "plan":
             flags = [*flags, "--runs", str(arguments.runs)]
+        if figures.exists() and _flags(figures) == flags:
+            rows.append(make_row("everything", name, result="measured before"))
+            continue
         program = [sys.executable, str(SCRIPT), *flags, "--json", str(figures)]
         commands.append(turns.Command(name, program, share, arguments.output / f"{name}.txt"))
-    rows = []
     for command in turns.run(commands, arguments.jobs):
-        printed = command.output.read_text().strip().split("\n")
-        result = "measured" if command.returncode == 0 else printed[-1]
+        result = "measured" if command.returncode == 0 else FAILED
         rows.append(make_row("everything", command.name, result=result, minutes=command.minutes))
-        print(f"{command.name}: {result}", flush=True)
+        last_line = command.output.read_text().strip().split("\n")[-1]
+        print(f"{command.name}: {result if result == 'measured' else last_line}", flush=True)
     return rows, None
+
+
+def _flags(figures: Path) -> list[str]:
+    """That a file of figures was measured with, without its own name."""
+    return json.loads(figures.read_text())["command"][1:-2]
+
+
+def chosen(settings: dict[str, Any], only: str) -> dict[str, Any]:
+    """Those with one of the parts of `only` in their names. Errors: ValueError."""
+    parts = split_names(only)
+    for part in parts:
+        if not any(part in name for name in settings):
+            raise ValueError(f'--only: no setting has "{part}" in its name; {", ".join(settings)}')
+    return {k: v for k, v in settings.items() if not parts or any(part in k for part in parts)}

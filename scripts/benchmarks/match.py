@@ -117,6 +117,8 @@ def check_same(name: str, ours, other) -> None:
 def match(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
     """Rows of global and local matching at a network's embedding size."""
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
+    if arguments.torch:
+        straightforward.torch_device()
     limits = measure_limits(["float32", arguments.matching_dtype], arguments.runs)
     rows = [
         *global_rows(arguments, model, limits, arguments.objects, arguments.references),
@@ -235,14 +237,13 @@ def _backward_row(section, ours, inputs, dtype, runs, forward: Times, figures) -
 
 def _torch_times(section, in_torch, inputs: Inputs, dtype, exact, runs: int) -> Times:
     torch = straightforward.import_torch()
-    on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"
+    device = straightforward.torch_device()
     tensors = Inputs(*(torch.from_numpy(x).to(device) for x in inputs))
 
     def call(dtype):
         with torch.no_grad():
             result = in_torch(tensors, dtype=dtype)
-        if on_gpu:
+        if device == "cuda":
             torch.cuda.synchronize()
         return result
 

@@ -19,7 +19,7 @@ MIB = 2**20
 # Side of the square matrices whose product is timed, and size of the array that is copied:
 # enough work that starting it does not count.
 PRODUCT_SIDE = {"cpu": 2048, "other": 8192}
-COPY_MIB = {"cpu": 128, "other": 1024}
+COPY_MIB = {"cpu": 128, "other": 256}
 # Shorter calls are timed several at a time on accelerators, where starting one takes a while.
 SHORT_SECONDS = 5e-3
 
@@ -179,8 +179,11 @@ def _cpu_model() -> str:
 def peak_memory() -> dict[str, float]:
     """Largest memory so far, in MiB: the process' on the host, and the first device's own."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peaks = {"host_mib": kib / 1024}
-    device = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in device:
-        peaks["device_mib"] = device["peak_bytes_in_use"] / MIB
-    return peaks
+    return {"host_mib": kib / 1024, **device_memory()}
+
+
+def device_memory() -> dict[str, float]:
+    """The largest so far of the first device's own memory, in MiB; empty for a CPU."""
+    found = jax.devices()[0].memory_stats() or {}
+    peak = found.get("peak_bytes_in_use")
+    return {} if peak is None else {"device_mib": peak / MIB}

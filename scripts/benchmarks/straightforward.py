@@ -27,6 +27,15 @@ def import_torch() -> ModuleType | None:
     return torch
 
 
+def torch_device() -> str:
+    """Where torch computes what JAX does. Errors: ValueError where JAX has a GPU, and torch not."""
+    if jax.default_backend() != "gpu":
+        return "cpu"
+    if not import_torch().cuda.is_available():
+        raise ValueError("--torch: JAX has a GPU and torch has none; expected --no-torch")
+    return "cuda"
+
+
 # ------------------------------------------------------------------------------------------- JAX
 
 

@@ -22,6 +22,7 @@ def torch_backbone(
     `[b, h, w, c]`."""
     torch = import_torch()
     functional = torch.nn.functional
+    torch.backends.cudnn.allow_tf32 = False  # exact products, as ours
 
     def tensors(tree):
         if isinstance(tree, Mapping):

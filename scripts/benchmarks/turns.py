@@ -145,7 +145,9 @@ def _start(command: Command, selector: selectors.BaseSelector, shared: bool) -> 
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=(answers_read, asks_write),
-            start_new_session=True,
+            # A group of its own, of this session: if we are killed, the kernel wakes and ends those
+            # of its groups that stand still; the others end when they ask for their turn.
+            process_group=0,
         )
     os.close(answers_read)
     os.close(asks_write)

@@ -12,7 +12,7 @@ from small import mask_of, random_video, small_network
 import cfbi_jax
 from cfbi_jax.inference import programs
 from cfbi_jax.inference.options import Options
-from cfbi_jax.inference.propagation import Prediction
+from cfbi_jax.inference.propagation import Prediction, Propagation
 from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
 from cfbi_jax.weights.official import convert_state_dict
@@ -265,6 +265,19 @@ def test_times_are_of_the_computation_alone(segmenter, slow):
         time.sleep(0.4 if slow == "consumer" else 0)
     assert len(times) == 5
     assert 0 < sum(times) < 5 * 0.2
+
+
+def test_times_have_the_hosts_work_in_them(segmenter, monkeypatch):
+    advance, times = Propagation.advance, []
+
+    def slow(self, frame, mask):
+        time.sleep(0.1)
+        return advance(self, frame, mask)
+
+    monkeypatch.setattr(Propagation, "advance", slow)
+    start = time.perf_counter()
+    list(segmenter.segment(random_video(5), {0: mask_of(BOXES)}, times=times))
+    assert 5 * 0.1 < sum(times) < time.perf_counter() - start
 
 
 def test_options_from_checkpoint(tmp_path):
