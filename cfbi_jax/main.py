@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import rich
@@ -32,7 +33,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(_) -> None:
     _log_to_screen()
     config = CONFIG.value
-    _expand_home(config)
+    try:
+        _expand_home(config)
+    except OSError as error:  # no such file; ml_collections says so when it is first used
+        sys.exit(f"error: {error}")
     if config.mode not in MODES:
         sys.exit(f'error: config.mode is "{config.mode}"; expected one of {MODES}')
     evaluating = config.mode == "eval"
@@ -83,5 +87,21 @@ def _log_to_screen() -> None:
     )
 
 
+def _parse(arguments: list[str]) -> list[str]:
+    """absl's parser; what ml_collections makes of a field that there is not becomes one line."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.name == "get_config" for frame in frames):  # a mistake in the file itself
+            raise
+        said = error
+        while isinstance(said, Exception):  # one in the other
+            said = said.args[0]
+        given = " ".join(x for x in arguments if x.startswith("--config."))
+        said = " ".join(str(said).split())
+        sys.exit(f"error: {said}: no field of the configuration that {given} could set")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

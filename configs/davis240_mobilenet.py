@@ -1,10 +1,14 @@
 """MobileNetV2 and a narrow head on DAVIS at 240 lines: the smallest real training, for CPUs.
 
     python -m cfbi_jax.main --config=configs/davis240_mobilenet.py --workdir=OUT \
-        --config.data.root=DAVIS240 --config.init_from=mobilenet_v2_pascal.npz
+        --config.data.root=DAVIS240 --config.init_from=mobilenet_v2_pascal.npz --config.mode=train
+    python -m cfbi_jax.main --config=configs/davis240_mobilenet.py --workdir=EVAL \
+        --config.data.root=DAVIS240 --config.checkpoint=OUT/checkpoints/2400 --config.mode=eval
 
-The data are DAVIS videos reduced to 240 lines in DAVIS' layout, resolution folder `240p`. Decoder
-and ensembler have half of their usual widths, the local windows half of their reach.
+(without `mode` it evaluates on the way, too, and then the best weights of those; the results below
+are the last weights'). The data are DAVIS videos reduced to 240 lines in DAVIS' layout, resolution
+folder `240p`; docs/real_video.md lists them and says where the weights are from. Decoder and
+ensembler have half of their usual widths, the local windows half of their reach.
 
 Settings for a short training, unlike the paper's: a frozen backbone, Adam, averaged weights, the
 network's own masks from the first step on; half of the clips are made of single pictures, and half
@@ -14,7 +18,8 @@ why, and has the ablations.
 
 Cost: 1.5 s per step of 2 clips on one core of an Intel Xeon, 63 minutes in all and 5 GB of memory.
 Result, J&F on 8 validation sequences with 10 objects: 0.747 with seed 0, 0.715 with seed 1; on the
-seven with one object 0.821 and 0.798. Without errors (`--config.mask_errors=0`) 0.672 and 0.632.
+seven with one object (DAVIS 2016's masks) 0.821 and 0.798. Without errors
+(`--config.mask_errors=0`) 0.672 and 0.632.
 To beat (`scripts/baselines.py`): first mask repeated 0.333; nearest neighbours of pretrained
 features at stride 8, one 0.590, ten 0.597.
 """

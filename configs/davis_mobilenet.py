@@ -1,4 +1,4 @@
-"""`configs/davis.py` with MobileNetV2 for a backbone: a third of the weights.
+"""`configs/davis.py` with MobileNetV2: 12.6 million weights instead of 66.
 
     python -m cfbi_jax.main --config=configs/davis_mobilenet.py --workdir=OUT \
         --config.init_from=mobilenet_v2.pth ...

@@ -1,6 +1,9 @@
 """Every experiment: what the paper, its appendix and the authors state of it."""
 
 import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from cfbi_jax import config as fields
 from cfbi_jax import main
 from cfbi_jax.models.cfbi import build_model
 
+ROOT = Path(__file__).parents[1]
 NAMES = sorted(
     path.stem for path in Path(configs.__file__).parent.glob("*.py") if path.stem != "__init__"
 )
@@ -135,6 +139,24 @@ def test_home_folders_are_found_after_an_equals_sign():
     main._expand_home(config)
     assert config.data.root == config.sources.davis.root == str(Path.home() / "DAVIS")
     assert config.init_from == str(Path.home() / "weights.npz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--config=configs/quickstart.py", "--config.clips.max_gapp=3"],
+            r"""error: 'max_gapp' Did you mean "max_gap" .* no field .*--config.clips.max_gapp=3""",
+        ),
+        (["--config=configs/nothing.py"], r"error: .*failure to load.*\s+configs/nothing\.py"),
+    ],
+)
+def test_the_command_refuses_what_there_is_not(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "cfbi_jax.main", f"--workdir={tmp_path}/out", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert re.match(message, result.stderr, re.DOTALL), result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_misspelt_field_is_an_error():
