@@ -147,7 +147,10 @@ class VideoFrames(tfds.core.ShardBasedBuilder):
             size += of_frame
         return {"train": [partial(self._generate_examples, shard) for shard in shards]}
 
-    def _generate_examples(self, frames) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(
+        self, frames: Sequence[tuple[str, Path, Path]]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The records of frames given by their video, picture and mask."""
         for key, (video, frame, mask) in enumerate(frames):
             yield (
                 key,
