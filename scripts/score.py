@@ -16,6 +16,7 @@ from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
+from cfbi_jax.inference.video import check_writable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,6 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
     split = arguments.split or ("train" if arguments.dataset == "youtube_vos" else "val")
     output = arguments.output or arguments.results
     called = report.subset_name(split) if arguments.sequences else split
+    check_writable(output)
     report.remove_tables(output, called)
     if arguments.dataset == "youtube_vos":
         scores = score_youtube_vos(
@@ -66,8 +68,8 @@ def main(arguments: argparse.Namespace) -> None:
             num_threads=arguments.threads,
         )
         scores = dataclasses.replace(scores, split=called)
-        paths = report.write_youtube_vos_tables(scores, output)
         report.print_youtube_vos(scores)
+        paths = report.write_youtube_vos_tables(scores, output)
     else:
         scores = score_davis(
             arguments.root,
@@ -79,8 +81,8 @@ def main(arguments: argparse.Namespace) -> None:
             num_threads=arguments.threads,
         )
         scores = dataclasses.replace(scores, split=called)
-        paths = report.write_davis_tables(scores, output)
         report.print_davis(scores)
+        paths = report.write_davis_tables(scores, output)
     for path in paths:
         print(f"wrote {path}")
 

@@ -14,7 +14,6 @@ Importing this module imports TFDS, which takes 0.6 s; TensorFlow is not needed.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import logging
 import os
@@ -29,6 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from cfbi_jax import locks
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
 
@@ -168,14 +168,10 @@ def _turn(records: Path) -> Iterator[None]:
     """Waits until no other process writes these records, where the file system knows locks."""
     records.parent.mkdir(parents=True, exist_ok=True)
     with open(records.with_name(f".{records.name}.lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.take(lock):
             LOGGER.info("%s: another process writes these records; waiting for it", records)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # no locks here: all may write, and those of the first to finish are taken
-            pass
-        yield
+            locks.take(lock, wait=True)
+        yield  # without locks all write, and the records of the first to finish are taken
 
 
 def _damaged(records: os.PathLike, what: Exception | str) -> ValueError:

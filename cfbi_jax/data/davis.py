@@ -106,7 +106,8 @@ def _selected(root: Path, year: int, split: str, sequences: Sequence[str] | None
     if sequences is None:
         return names
     check_names("sequence", sequences, names, _list_file(root, year, split))
-    return [name for name in names if name in set(sequences)]
+    chosen = set(sequences)
+    return [name for name in names if name in chosen]
 
 
 def _reading(year: int) -> Reading:

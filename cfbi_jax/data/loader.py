@@ -158,6 +158,13 @@ def _copies(stream: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
     try:
         # No variable here holds a batch, so that its memory is free long before the exit.
         yield from map(_copy, iterator)
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise ChildProcessError(
+            "a process that makes clips was killed, perhaps for want of memory; expected room for "
+            "config.workers processes with config.threads each"
+        ) from error
     finally:
         iterator.close()
         # The workers' last batches are in cycles, which would outlive the workers.

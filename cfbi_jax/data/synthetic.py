@@ -5,7 +5,6 @@ a moving background, while the light changes. Blobs and background are drawn pat
 photographs. Some blobs look like an object but are none (distractors, label 0).
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from cfbi_jax import locks
 from cfbi_jax.data import synthetic_looks as looks
 from cfbi_jax.data.image_files import write_file, write_image, write_mask
 
@@ -188,7 +188,7 @@ def write_davis(
     names = [f"{NAME_PREFIX}{seed:04d}" for seed in seeds]
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time
+        locks.take(lock, wait=True)
         for name, seed in zip(names, seeds, strict=True):
             frames, labels = synthetic_video(seed, num_frames, size, num_objects)
             _replace_folder(

@@ -159,8 +159,9 @@ def check_are_folders(names: Iterable[str], where: Path) -> None:
 def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: Path) -> None:
     """Raises ValueError, with the nearest known names, for a wanted name that is not known."""
     known = list(known)
+    as_set = set(known)
     for name in wanted:
-        if name not in known:
+        if name not in as_set:
             near = get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
             raise ValueError(
                 f"{where}: no {kind} {name!r} among {len(known)}; near names: {', '.join(near)}"

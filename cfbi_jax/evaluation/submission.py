@@ -6,6 +6,7 @@ YouTube-VOS   Annotations/<video>/00000.png
 
 import dataclasses
 import io
+import logging
 import os
 import zipfile
 import zlib
@@ -19,9 +20,11 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import BadFile, ids_in, image_size
+from cfbi_jax.data.image_files import ids_in, image_size
 from cfbi_jax.data.videos import check_names, read_label
 from cfbi_jax.data.youtube_vos import read_meta
+
+LOGGER = logging.getLogger(__name__)
 
 ARCHIVE_FOLDERS = {"davis": "", "youtube_vos": "Annotations/"}
 """Folder of the archive that holds the sequences, by layout."""
@@ -64,20 +67,20 @@ def write_zip(
 
     Raises:
       FileNotFoundError: when the folder, or one of `sequences`, is missing or has no masks.
-      ValueError: for an unknown layout, or a file in a sequence's folder that is not a `.png`.
+      ValueError: for an unknown layout. Other files than masks, such as a file manager's, are left
+        out with a warning.
     """
     if layout not in ARCHIVE_FOLDERS:
         raise ValueError(f"layout is {layout!r}, expected one of {sorted(ARCHIVE_FOLDERS)}")
     files = _files_to_pack(Path(results_folder))
     if sequences is not None:
         files = {name: path for name, path in files.items() if name.split("/")[0] in sequences}
+    for name in [n for n in files if n.count("/") != 1 or not n.endswith(".png")]:
+        LOGGER.warning("%s: not packed; expected <sequence>/<frame>.png", files.pop(name))
     packed = {name.split("/")[0] for name in files}
     missing = sorted(set(sequences or ()) - packed)
     if missing or not files:
         raise FileNotFoundError(f"{results_folder}: no masks of {missing or 'any sequence'}")
-    for name, path in files.items():
-        if name.count("/") != 1 or path.suffix != ".png":
-            raise BadFile(f"{path}: expected only <sequence>/<frame>.png in {results_folder}")
 
     zip_path = Path(zip_path)
     zip_path.parent.mkdir(parents=True, exist_ok=True)

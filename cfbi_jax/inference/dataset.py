@@ -10,7 +10,6 @@ up after a crash, and a video without its JSON file is done again.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ import rich
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cfbi_jax import locks
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
     BadFile,
@@ -311,9 +311,4 @@ class _Meter:
 def _hold(path: Path) -> Iterator[bool]:
     """Holds the lock file at `path` if no other process does; yields whether it does."""
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield locks.take(file)

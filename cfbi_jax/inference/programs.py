@@ -20,6 +20,7 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import (
     Features,
     State,
+    forget_programs,
     padded_rows,
     state_shapes,
 )
@@ -35,9 +36,10 @@ LESS_MEMORY = (
     "masks (references)"
 )
 
-# Compiled programs that are kept at a time, some tens of MiB each: a data set may have videos of
-# many sizes and numbers of objects.
-MAX_PROGRAMS = 64
+# Views of the compiled programs that are kept at a time: a data set may have videos of many sizes
+# and numbers of objects. On a CPU each takes some tens of MiB and 200 of the 65,530 mappings that
+# Linux allows a process.
+MAX_VIEWS = 64
 
 
 def to_device(arrays):
@@ -72,7 +74,7 @@ class Programs:
         self.use(variables)
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self.num_compilations = 0
-        self._forgotten = 0
+        self._views_kept = 0
         self.embed = jax.jit(
             self._embed_views, static_argnames="views", compiler_options=compiler_options()
         )
@@ -90,10 +92,11 @@ class Programs:
         """Forgets all programs where there are many, so that memory does not grow with the number
         of videos; what is needed again comes from the persistent cache.
         """
-        if self.num_compilations - self._forgotten >= MAX_PROGRAMS:
+        if self._views_kept >= MAX_VIEWS:
             self.embed.clear_cache()
             self.predict.clear_cache()
-            self._forgotten = self.num_compilations
+            forget_programs()
+            self._views_kept = 0
 
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
@@ -230,6 +233,7 @@ class Programs:
     def _log_compilation(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
         # Python runs the body of a jitted function exactly when a new program is compiled.
         self.num_compilations += 1
+        self._views_kept += len(views)
         seen = ", ".join(
             f"{view.size[0]} x {view.size[1]}{' mirrored' if view.mirrored else ''}"
             for view in views

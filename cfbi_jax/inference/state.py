@@ -95,6 +95,12 @@ def state_shapes(features: Features, num_references: int) -> State:
     return State(tuple(view_state(embedding) for embedding, _ in features), num_references)
 
 
+def forget_programs() -> None:
+    """Frees the compiled programs of this module, of which every size of videos has its own."""
+    _small_label.clear_cache()
+    _append.clear_cache()
+
+
 @partial(jax.jit, static_argnums=(1, 2))
 def _small_label(
     rows: UInt8[Array, "height width"], size: tuple[int, int], mirrored: bool

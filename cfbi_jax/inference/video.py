@@ -3,6 +3,7 @@
 import logging
 import os
 import queue
+import re
 import tempfile
 import threading
 from collections import deque
@@ -20,6 +21,10 @@ from cfbi_jax.data import image_files
 from cfbi_jax.data.image_files import VOC_PALETTE
 
 LOGGER = logging.getLogger(__name__)
+
+# A video's place that cannot be read may be as long as this before it counts as the end.
+DAMAGED_FRAMES = 100
+_BOX_NAME = re.compile(rb"[ -~]{4}")
 
 Item = TypeVar("Item")
 
@@ -82,7 +87,8 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     that is to be turned (EXIF) is an error, as masks drawn on the turned one would not fit.
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
-    no video or picture or is cut short (mp4 and AVI), a frame of another size, no frame. Fewer
+    no video or picture or is cut short (mp4 and AVI), a damaged frame, a frame of another size, no
+    frame. Fewer
     frames than a video file states are told: it may only estimate them, or hide some.
     """
     source = Path(source)
@@ -117,7 +123,8 @@ def _check_complete(path: Path) -> None:
             size = int.from_bytes(start[4:8], "little")
             end = 0 if size == 0xFFFFFFFF else 8 + size  # not known while it was written
         elif start[4:8] == b"ftyp":
-            while end < length and len(start) >= 8:  # box after box: size, name, content
+            # Box after box: size, name, content. Cameras put other things behind the last one.
+            while end < length and _BOX_NAME.fullmatch(start[4:8]):
                 size = int.from_bytes(start[:4], "big")
                 if size == 1:
                     size = int.from_bytes(start[8:16], "big")
@@ -143,7 +150,11 @@ def _decode_video(
             _check_frame_size(f"frame {decoded}", bgr.shape[:2], size, source)
             decoded += 1
             yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-        # The end and a damaged place look the same here.
+        if any(capture.read()[0] for _ in range(DAMAGED_FRAMES)):  # so this was not the end
+            raise image_files.BadFile(
+                f"{source}: frame {decoded} is damaged, later ones can be read; expected a video "
+                "without such places, e.g. encoded anew (ffmpeg -i IN OUT.mp4)"
+            )
         if decoded == 0:
             raise ValueError(f"{source}: no frame can be read; it states {stated}")
         if decoded < stated:

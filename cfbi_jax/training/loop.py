@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -44,11 +45,14 @@ LOGGER = logging.getLogger(__name__)
 PROFILED_STEPS = 3
 # Steps after which a training that is no number any more ends, even where nothing is logged.
 CHECK_EVERY = 100
+# Share of the time in waiting for data from which on a warning comes, once.
+STARVING = 0.5
 LESS_MEMORY = (
     "less memory: config.remat=segment or all, config.accumulate (a device's clips in parts, one "
     "after the other), config.model.compute_dtype=bfloat16, a smaller config.batch_size, "
-    "config.clips.crop_size or config.clips.max_objects (scripts/benchmark.py plan --train says "
-    "what a step takes)"
+    "config.clips.crop_size or config.clips.max_objects (scripts/benchmark.py plan --train "
+    "--objects N says what a step takes where all clips have N; the repeated command meets these "
+    "clips again)"
 )
 
 
@@ -149,7 +153,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if scores.due(first_step):  # the run was stopped during this evaluation
         with stopping.at_once(stopped(first_step)):
             scores.evaluate(state, first_step)
-    waited, steps, since = 0.0, 0, time.perf_counter()
+    waited, steps, since, told = 0.0, 0, time.perf_counter(), False
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
         try:
@@ -183,6 +187,13 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
                     seconds = (time.perf_counter() - since) / steps
                     logged |= {"clips_per_second": config.batch_size / seconds}
                     logged |= {"data_wait": waited / steps}
+                    if waited > STARVING * seconds * steps and not told:
+                        told = True
+                        LOGGER.warning(
+                            "%.0f %% of the time goes into waiting for clips; more config.workers "
+                            "than %d help where there are cores for them (here %d)",
+                            *(100 * waited / (seconds * steps), config.workers, os.cpu_count()),
+                        )
                 reports.log(step, logged | memory())
             waited, steps, since = 0.0, 0, time.perf_counter()
         elif every(step, CHECK_EVERY):

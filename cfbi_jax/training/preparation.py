@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 import math
 import os
 import shutil
 import socket
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from cfbi_jax import evaluate
+from cfbi_jax import evaluate, locks
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
@@ -43,6 +43,7 @@ from cfbi_jax.weights.initial import initial_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
+SHARED_SECONDS = 60  # until a file of the first process is there on all hosts
 LOCK = "train.lock"  # in the work directory; held by the first process, and tells of it
 CALIBRATION_CLIPS = 16
 BATCHES_PER_WORKER = 4  # in shared memory at a time (measured), one more is being copied
@@ -243,12 +244,16 @@ def _check_shared_memory(config: ConfigDict) -> None:
         return
     pixels = config.clips.crop_size**2 * (2 + config.clips.num_current)
     batch = config.batch_size // jax.process_count() * pixels * 4  # RGB and labels
-    needed = (BATCHES_PER_WORKER * config.workers + 1) * batch
+    # Other processes of this run on this host have workers, too: as many as Slurm says, in the
+    # form 8(x2),4.
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1") if jax.process_count() > 1 else "1"
+    processes = max(int(part.split("(")[0]) for part in tasks.split(","))
+    needed = (BATCHES_PER_WORKER * config.workers + 1) * batch * processes
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder} (shared memory) has {free >> 20} MiB left; {config.workers} worker "
-            f"processes need {-(-needed >> 20)} MiB for their batches: a larger one (for "
+            f"{folder} (shared memory) has {free >> 20} MiB left; {config.workers * processes} "
+            f"worker processes need {-(-needed >> 20)} MiB for their batches: a larger one (for "
             "containers --shm-size), or --config.workers=0"
         )
 
@@ -307,10 +312,15 @@ def check_shared(workdir: Path) -> None:
     def seen() -> np.uint32:
         return np.uint32(zlib.crc32(lock.read_bytes() if lock.exists() else b""))
 
-    if from_primary(seen()) != seen():  # the second look comes when the first process has written
-        raise ValueError(
-            f"{workdir} is not the first process' folder; expected one that all hosts share"
-        )
+    expected = from_primary(seen())
+    for _ in range(SHARED_SECONDS):  # network file systems show a new file late
+        if seen() == expected:
+            return
+        os.listdir(workdir)  # some look anew then
+        time.sleep(1)
+    raise ValueError(
+        f"{workdir} is not the first process' folder; expected one that all hosts share"
+    )
 
 
 @contextlib.contextmanager
@@ -320,11 +330,9 @@ def hold(workdir: Path) -> Iterator[None]:
         yield
         return
     with open(workdir / LOCK, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not locks.take(file):
             file.seek(0)
-            raise Refused(f"{workdir}: in use by another run ({file.read().strip()})") from error
+            raise Refused(f"{workdir}: in use by another run ({file.read().strip()})")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

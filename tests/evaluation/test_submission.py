@@ -98,11 +98,18 @@ def test_zip_refuses_what_is_no_submission(davis, tmp_path):
         write_zip(results, tmp_path / "out.zip", sequences=["a", "c"])
     with pytest.raises(ValueError, match="layout is 'zip'"):
         write_zip(results, tmp_path / "out.zip", layout="zip")
-    (results / "a" / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"notes\.txt"):
-        write_zip(results, tmp_path / "out.zip")
-    write_zip(results, tmp_path / "b.zip", sequences=["b"])
-    assert [path.name for path in tmp_path.glob("*.zip")] == ["b.zip"]
+    assert not list(tmp_path.glob("*.zip"))
+
+
+def test_other_files_than_masks_are_not_packed(davis, tmp_path, caplog):
+    _, results = davis
+    write_zip(results, tmp_path / "before.zip")
+    (results / "a" / "Thumbs.db").write_text("")
+    (results / "a" / "@eaDir").mkdir()
+    (results / "a" / "@eaDir" / "00000.png").write_text("")
+    write_zip(results, tmp_path / "after.zip")
+    assert (tmp_path / "after.zip").read_bytes() == (tmp_path / "before.zip").read_bytes()
+    assert "Thumbs.db: not packed" in caplog.text and "00000.png: not packed" in caplog.text
 
 
 def test_missing_and_extra(davis):

@@ -10,7 +10,7 @@ import recipe
 from small import mask_of, random_video, small_network
 
 import cfbi_jax
-from cfbi_jax.inference import programs
+from cfbi_jax.inference import programs, state
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.propagation import Prediction, Propagation
 from cfbi_jax.inference.state import padded_references, padded_rows
@@ -186,14 +186,16 @@ def test_one_compilation_per_size_objects_and_references():
 
 
 def test_programs_of_many_sizes_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
-    segmenter = small_segmenter()
+    monkeypatch.setattr(programs, "MAX_VIEWS", 4)
+    segmenter = small_segmenter(flip=True)  # two views in each program
+    state.forget_programs()  # of other tests
     labels = []
     for size in ((40, 56), (48, 56), (40, 56)):
         video = random_video(2, size)
         labels.append(list(segmenter.segment(video, {0: mask_of({1: BOXES[1]}, size)})))
         assert segmenter.programs.embed._cache_size() == 1
         assert segmenter.programs.predict._cache_size() == 1
+        assert state._small_label._cache_size() == 2
     assert segmenter.programs.num_compilations == 6
     np.testing.assert_array_equal(labels[2], labels[0])
 

@@ -1,4 +1,5 @@
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -155,9 +156,26 @@ def test_the_boxes_of_an_mp4_file(tmp_path, wide):
     message = rf"cut\.mp4: cut short; it has {len(data) - 1} bytes, expected {len(data)}"
     with pytest.raises(ValueError, match=message):
         video._check_complete(tmp_path / "cut.mp4")
+    (tmp_path / "trailer.mp4").write_bytes(data + b"\xff\xf0\0\0\xd8camera's own")
+    video._check_complete(tmp_path / "trailer.mp4")
     open_end = data + bytes(4) + b"mdat" + b"frames"  # a last box without a size
     (tmp_path / "open.mp4").write_bytes(open_end)
     video._check_complete(tmp_path / "open.mp4")
+
+
+def test_a_damaged_frame_is_no_end(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
+    write_clip(tmp_path / "clip.avi", frames)
+    data = bytearray((tmp_path / "clip.avi").read_bytes())
+    starts = [
+        found.start() for found in re.finditer(b"00dc", data) if found.start() > data.find(b"movi")
+    ]
+    data[starts[3] + 8 : starts[4]] = bytes(starts[4] - starts[3] - 8)
+    (tmp_path / "clip.avi").write_bytes(data)
+    found = video.read_frames(tmp_path / "clip.avi")
+    assert [next(found).shape for _ in range(3)] == 3 * [(48, 64, 3)]
+    with pytest.raises(ValueError, match=r"clip\.avi: frame 3 is damaged, later ones can be read"):
+        next(found)
 
 
 def test_fewer_frames_than_a_file_states(tmp_path, caplog):

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import shutil
+import zlib
 
 import jax
 import numpy as np
@@ -54,6 +56,40 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(config, tmp_path, 
         preparation.prepare(config, tmp_path / "out")
     monkeypatch.setattr(preparation.checkpoints, "stored_config", lambda _: begun)
     assert preparation.prepare(config, tmp_path / "out").options.freeze_backbone
+
+
+def test_shared_memory_is_for_all_tasks_of_a_host(config, monkeypatch):
+    """Slurm says how many there are on each."""
+    config.workers, config.batch_size, config.clips.crop_size = 2, 8, 65
+    batch = 65 * 65 * (2 + config.clips.num_current) * 4  # of one clip: each task's part
+    needed = (2 * preparation.BATCHES_PER_WORKER + 1) * batch
+    free = shutil._ntuple_diskusage(10**9, 0, 4 * needed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(jax, "process_count", lambda: 8)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
+    preparation._check_shared_memory(config)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "3,5")
+    with pytest.raises(OSError, match="10 worker processes need"):
+        preparation._check_shared_memory(config)
+
+
+def test_a_shared_folder_may_show_its_files_late(tmp_path, monkeypatch):
+    """As network file systems do on other hosts."""
+    lock = tmp_path / preparation.LOCK
+    monkeypatch.setattr(preparation, "from_primary", lambda _: np.uint32(zlib.crc32(b"first")))
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            lock.write_bytes(b"first")
+
+    monkeypatch.setattr(preparation.time, "sleep", wait)
+    preparation.check_shared(tmp_path)
+    assert len(waits) == 3
+    lock.write_bytes(b"another")
+    with pytest.raises(ValueError, match="not the first process' folder"):
+        preparation.check_shared(tmp_path)
 
 
 def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
