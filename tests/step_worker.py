@@ -20,6 +20,7 @@ from small import random_variables
 from tiny import QUICK, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.models.images import OFFICIAL_FORMAT
+from cfbi_jax.training import preparation
 from cfbi_jax.training.feeding import device_batch
 from cfbi_jax.training.preparation import LOCK, check_shared, first_weights, hold
 from cfbi_jax.training.processes import join
@@ -76,6 +77,7 @@ def check_work_directories(own, shared):
         folder.mkdir(exist_ok=True)
         with hold(folder):
             pass
+    preparation.SHARED_SECONDS = 1
     check_shared(shared)
     (own / LOCK).touch()
     try:

@@ -88,8 +88,7 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
     no video or picture or is cut short (mp4 and AVI), a damaged frame, a frame of another size, no
-    frame. Fewer
-    frames than a video file states are told: it may only estimate them, or hide some.
+    frame. Fewer frames than a video file states are told: it may only estimate them, or hide some.
     """
     source = Path(source)
     if source.is_dir():

@@ -316,7 +316,7 @@ def check_shared(workdir: Path) -> None:
     for _ in range(SHARED_SECONDS):  # network file systems show a new file late
         if seen() == expected:
             return
-        os.listdir(workdir)  # some look anew then
+        list(workdir.glob("*"))  # some look anew then
         time.sleep(1)
     raise ValueError(
         f"{workdir} is not the first process' folder; expected one that all hosts share"
