@@ -1,7 +1,6 @@
 """All settings whose figures are published, one process each, into one folder."""
 
 import argparse
-import importlib.util
 import itertools
 import json
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 from benchmarks import turns
 from benchmarks.report import Row, make_row
+from benchmarks.straightforward import import_torch
 from cfbi_jax.data.videos import split_names
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
@@ -42,10 +42,8 @@ def settings(small: bool) -> dict[str, tuple[list[str], float]]:
     common = ["--model", models[0], "--size", sizes[0]]
     for dtype in dtypes:
         found[f"stages-{dtype}"] = ["infer", *common, "--dtype", dtype]
-    found["stages-float32"] += ["--straightforward"]
-    if importlib.util.find_spec("torch"):
-        found["stages-float32"] += ["--torch"]
-    found["match"] = ["match", *common, "--objects", "5", "--sweep", "--backward"]
+    found["stages-float32"] += ["--straightforward", _torch_flag()]
+    found["match"] = ["match", *common, "--objects", "5", "--sweep", "--backward", _torch_flag()]
     found["plan"] = ["plan", *common, "--objects", "5", "--measure"]
     large = sizes[-1] if small else "2160x3840"
     found["plan-large"] = ["plan", "--model", models[0], "--size", large, "--objects", "20"]
@@ -60,6 +58,13 @@ def settings(small: bool) -> dict[str, tuple[list[str], float]]:
         arguments += ["--objects", "2", "--dtype", dtype, "--remat", remat]
         with_shares[f"train-{dtype}-{remat}"] = arguments, share
     return with_shares
+
+
+def _torch_flag() -> str:
+    """Torch is compared with where it computes on the same device. (JAX is not asked for GPUs here,
+    as it would take their memory.)"""
+    torch, gpus = import_torch(), any(Path("/dev").glob("nvidia[0-9]*"))
+    return "--torch" if torch and (torch.cuda.is_available() or not gpus) else "--no-torch"
 
 
 def everything(arguments: argparse.Namespace) -> tuple[list[Row], None]:
