@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from cfbi_jax import locks
 from cfbi_jax.data import davis, youtube_vos
+from cfbi_jax.data.records import damaged
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
 
 LOGGER = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ class VideoFrames(tfds.core.ShardBasedBuilder):
             files = self.info.splits["train"].filepaths
             found = sum(ArrayRecordReader(str(file)).num_records() for file in files)
         except (KeyError, OSError, RuntimeError, ValueError) as error:
-            raise _damaged(self.data_path, error) from error
+            raise damaged(self.data_path, error) from error
         if found != expected:
-            raise _damaged(self.data_path, f"{found} of {expected}")
+            raise damaged(self.data_path, f"{found} of {expected}")
 
     def _info(self) -> _Info:
         # A scalar of object type holds bytes. The Image feature would turn palettes into colours.
@@ -172,12 +172,6 @@ def _turn(records: Path) -> Iterator[None]:
             LOGGER.info("%s: another process writes these records; waiting for it", records)
             locks.take(lock, wait=True)
         yield  # without locks all write, and the records of the first to finish are taken
-
-
-def _damaged(records: os.PathLike, what: Exception | str) -> ValueError:
-    return ValueError(
-        f"{records}: damaged records ({what}); delete this folder to have them made anew"
-    )
 
 
 @dataclasses.dataclass

@@ -58,6 +58,11 @@ def prepare(name: str, files: Sequence[TrainingFiles], folder: Path | str) -> Pa
     return Path(builder.data_path)
 
 
+def damaged(folder: os.PathLike, what: Exception | str) -> BadFile:
+    """The error to raise for records that are not as they were written."""
+    return BadFile(f"{folder}: damaged records ({what}); delete this folder to have them made anew")
+
+
 @dataclass(frozen=True)
 class RecordVideo:
     """One video of `RecordVideos`, of `len` frames. Those of another index raise IndexError.
@@ -99,10 +104,7 @@ class RecordVideo:
         try:
             return self.videos.source[self.first + t]
         except RuntimeError as error:  # what ArrayRecord raises
-            raise BadFile(
-                f"{self.videos.folder}: damaged records ({error}); delete this folder to have them "
-                "made anew"
-            ) from error
+            raise damaged(self.videos.folder, error) from error
 
     def _file(self, record: dict[str, Any], kind: str) -> str:
         return f"{self.videos.folder}: {kind} {self.name}/{record['stem'].decode()}"

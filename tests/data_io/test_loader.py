@@ -211,7 +211,7 @@ def test_errors_come_where_the_batch_would(workers):
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_is_killed_is_told(caplog):
+def test_a_worker_that_is_killed_is_told():
     with batches(synthetic_clips(), 1, 0, 1000, workers=1) as stream:
         next(stream)
         (worker,) = multiprocessing.active_children()
