@@ -166,8 +166,14 @@ class VideoFrames(tfds.core.ShardBasedBuilder):
 @contextlib.contextmanager
 def _turn(records: Path) -> Iterator[None]:
     """Waits until no other process writes these records, where the file system knows locks."""
-    records.parent.mkdir(parents=True, exist_ok=True)
-    with open(records.with_name(f".{records.name}.lock"), "a") as lock:
+    path = records.with_name(f".{records.name}.lock")
+    try:
+        records.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        message = f"no place for records: {error.strerror}; config.records names another one"
+        raise OSError(error.errno, message, str(records.parent)) from error
+    with open(path, "a") as lock:
         if not locks.take(lock):
             LOGGER.info("%s: another process writes these records; waiting for it", records)
             locks.take(lock, wait=True)

@@ -402,6 +402,13 @@ def test_shards(root, tmp_path, monkeypatch):
             assert opened.source[3 * number + t]["frame"] == frame.read_bytes()
 
 
+def test_a_folder_that_cannot_be_made(root, tmp_path):
+    (tmp_path / "records").touch()
+    message = "no place for records.*config.records.*records/davis"
+    with pytest.raises((FileExistsError, NotADirectoryError), match=message):
+        prepare(root, tmp_path)
+
+
 def test_no_room_for_the_records(root, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 999))
     with pytest.raises(OSError, match="0 MiB of records, 0 MiB are free; expected room"):
