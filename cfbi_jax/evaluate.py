@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
-from cfbi_jax.data.image_files import read_mask
+from cfbi_jax.data.image_files import check_writable, read_mask
 from cfbi_jax.data.sources import DATASETS
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
 from cfbi_jax.evaluation import davis as davis_scores
@@ -28,7 +28,6 @@ from cfbi_jax.evaluation.submission import write_zip
 from cfbi_jax.inference import dataset
 from cfbi_jax.inference.options import BOUNDS, Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
-from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import build_model, initial_variables, model_config
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.weights.checkpoint import Checkpoint, digest, load_checkpoint

@@ -12,11 +12,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from cfbi_jax.data.image_files import check_writable
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
-from cfbi_jax.inference.video import check_writable
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

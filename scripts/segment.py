@@ -38,19 +38,14 @@ from rich.progress import track
 from cfbi_jax import VideoSegmenter
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
+    check_writable,
     list_frames,
     read_mask,
     read_palette,
     write_image,
 )
 from cfbi_jax.inference.options import Options
-from cfbi_jax.inference.video import (
-    MaskWriter,
-    check_writable,
-    open_video,
-    overlay,
-    read_frames,
-)
+from cfbi_jax.inference.video import MaskWriter, open_video, overlay, read_frames
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
 # Files that state the number of their frames; others only estimate it.

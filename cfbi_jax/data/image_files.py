@@ -5,13 +5,16 @@ of a pixel is the id of its object, 0 is background. A file that is not what it 
 error here, naming the file, rather than a strange result later.
 """
 
+import contextlib
 import io
 import itertools
 import os
 import re
 import struct
+import tempfile
 import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -251,15 +254,40 @@ def write_image(path: Path | str, picture: UInt8[np.ndarray, "height width chann
 
 def write_file(path: Path | str, data: bytes) -> None:
     """Writes a file (and its folder); it appears complete or not at all, even if we are killed."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yields where to write what will be the file at `path` when all is written; makes its
+    folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Unique among threads and processes; hidden and without the suffix, so that no one reads it.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path | str) -> None:
+    """Makes an output folder if need be and tries to write there, before any long work.
+
+    Errors: OSError that names the folder and the reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".writable-", dir=folder)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        message = f"cannot write to the output folder: {reason}"
+        raise OSError(error.errno, message, str(folder)) from error
 
 
 def _natural_order(stem: str) -> list[tuple[int, str]]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import ids_in, image_size
+from cfbi_jax.data.image_files import ids_in, image_size, replacing
 from cfbi_jax.data.videos import check_names, read_label
 from cfbi_jax.data.youtube_vos import read_meta
 
@@ -82,20 +82,13 @@ def write_zip(
     if missing or not files:
         raise FileNotFoundError(f"{results_folder}: no masks of {missing or 'any sequence'}")
 
-    zip_path = Path(zip_path)
-    zip_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = zip_path.with_name(f".{zip_path.name}.{os.getpid()}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            for name in sorted(files):
-                info = zipfile.ZipInfo(ARCHIVE_FOLDERS[layout] + name, ZIP_DATE)
-                info.create_system = 3  # Unix, on any machine; the permissions are Unix's
-                info.external_attr = 0o644 << 16
-                # PNGs do not shrink further, and stored bytes depend on no version of zlib.
-                archive.writestr(info, files[name].read_bytes(), zipfile.ZIP_STORED)
-        os.replace(temporary, zip_path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(zip_path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name in sorted(files):
+            info = zipfile.ZipInfo(ARCHIVE_FOLDERS[layout] + name, ZIP_DATE)
+            info.create_system = 3  # Unix, on any machine; the permissions are Unix's
+            info.external_attr = 0o644 << 16
+            # PNGs do not shrink further, and stored bytes depend on no version of zlib.
+            archive.writestr(info, files[name].read_bytes(), zipfile.ZIP_STORED)
 
 
 def check_submission(

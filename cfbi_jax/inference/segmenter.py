@@ -12,10 +12,10 @@ from jaxtyping import Array
 
 from cfbi_jax.compilation import DEFAULT, use_compilation_cache
 from cfbi_jax.data.image_files import check_label
+from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
 from cfbi_jax.inference.propagation import Label, Prediction, Probabilities, Propagation
-from cfbi_jax.inference.video import prefetch
 from cfbi_jax.memory import MemoryPlan
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import ImageFormat

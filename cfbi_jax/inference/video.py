@@ -1,17 +1,12 @@
 """Frames in, masks and pictures out, while the computation goes on."""
 
 import logging
-import os
-import queue
 import re
-import tempfile
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -25,58 +20,6 @@ LOGGER = logging.getLogger(__name__)
 # A video's place that cannot be read may be as long as this before it counts as the end.
 DAMAGED_FRAMES = 100
 _BOX_NAME = re.compile(rb"[ -~]{4}")
-
-Item = TypeVar("Item")
-
-
-def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """Yields `items` in order while a thread already fetches the next ones: `depth`, and one that
-    waits for room.
-
-    An error of `items` is raised after the items before it. A consumer that stops early (closes or
-    drops this generator) ends the thread, and `items` is closed if it is a generator; that waits
-    for the item being fetched.
-
-    Errors: ValueError for a depth below 1.
-    """
-    if depth < 1:
-        raise ValueError(f"depth of {depth}; expected 1 or more")
-    return _prefetch(items, depth)
-
-
-def _prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
-    # Each entry is (item, None), or (None, error) at the end, StopIteration being the good one.
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def produce() -> None:
-        try:
-            iterator = iter(items)
-            while not stopped.is_set():
-                ready.put((next(iterator), None))
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
-        except BaseException as error:  # handed to the consumer, whatever it is
-            ready.put((None, error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        # The thread may wait for room in the queue, for an item and then once more for an error.
-        while thread.is_alive():
-            while not ready.empty():
-                ready.get_nowait()
-            thread.join(timeout=0.01)
 
 
 def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
@@ -236,20 +179,3 @@ def overlay(
     outline = cv2.erode(label, kernel) != cv2.dilate(label, kernel)
     tinted[outline] = colours[outline]
     return np.where(label[..., None] > 0, tinted, frame)
-
-
-def check_writable(folder: Path | str) -> None:
-    """Makes an output folder if need be and tries to write there, before any long work.
-
-    Errors: OSError that names the folder and the reason.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writable-", dir=folder)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        message = f"cannot write to the output folder: {reason}"
-        raise OSError(error.errno, message, str(folder)) from error

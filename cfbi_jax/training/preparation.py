@@ -24,11 +24,11 @@ from cfbi_jax import evaluate, locks
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
+from cfbi_jax.data.image_files import check_writable
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.data.videos import EvaluationVideo
 from cfbi_jax.inference import dataset
-from cfbi_jax.inference.video import check_writable
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, metric_writers, schedule
 from cfbi_jax.training.processes import from_primary

@@ -1,11 +1,12 @@
 """PyTorch's `.pth` files. The only module that imports torch (extra `convert`)."""
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from cfbi_jax.data.image_files import replacing
 
 
 def _torch():
@@ -56,13 +57,6 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
 def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes `{'state_dict': ...}` as the official code reads it (under a temporary name first)."""
     torch = _torch()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"state_dict": tensors}, file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save({"state_dict": tensors}, file)

@@ -376,3 +376,19 @@ def test_frames_are_listed_by_number(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty: no frames"):
         image_files.list_frames(tmp_path / "empty")
+
+
+# ---- output folders ----
+
+
+def test_output_folder_is_made_and_left_empty(tmp_path):
+    image_files.check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OSError, match="cannot write to the output folder") as caught:
+            image_files.check_writable(folder)
+        assert str(folder) in str(caught.value)

@@ -1,4 +1,3 @@
-import os
 import re
 import threading
 import time
@@ -11,71 +10,6 @@ from PIL import Image
 
 from cfbi_jax.data import image_files
 from cfbi_jax.inference import video
-
-
-def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-# ---- prefetch ----
-
-
-def test_prefetch_keeps_the_order_and_runs_ahead_by_depth():
-    fetched = []
-
-    def items():
-        for i in range(20):
-            fetched.append(i)
-            yield i
-
-    stream = video.prefetch(items(), depth=3)
-    assert next(stream) == 0
-    deadline = time.monotonic() + 5
-    while len(fetched) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(fetched) == 5  # one taken, three in the queue, one in the thread's hands
-    assert list(stream) == list(range(1, 20))
-    assert not prefetch_threads()
-
-
-def test_prefetch_raises_errors_after_the_items_before_them():
-    def items():
-        yield 1
-        yield 2
-        raise OSError("disk gone")
-
-    taken = []
-    with pytest.raises(OSError, match="disk gone"):
-        for item in video.prefetch(items()):
-            taken.append(item)
-    assert taken == [1, 2]
-    assert not prefetch_threads()
-
-
-def test_prefetch_ends_with_its_consumer_and_closes_its_source():
-    closed = threading.Event()
-
-    def endless():
-        try:
-            while True:
-                yield 0
-        finally:
-            closed.set()
-
-    source = endless()  # kept here, so that it is not closed by being forgotten
-    stream = video.prefetch(source, depth=2)
-    assert next(stream) == 0
-    assert len(prefetch_threads()) == 1
-    stream.close()
-    assert closed.is_set()
-    assert not prefetch_threads()
-
-
-def test_prefetch_depth():
-    with pytest.raises(ValueError, match="depth of 0"):
-        video.prefetch([], depth=0)
-
 
 # ---- frames ----
 
@@ -296,19 +230,3 @@ def test_overlay_tints_objects_and_draws_their_outline():
     assert drawn[5, 0].tolist() == [107, 75, 75]  # no outline along the picture's border
     assert drawn[2, 3].tolist() == drawn[7, 3].tolist() == drawn[5, 5].tolist() == [128, 0, 0]
     assert drawn[5, 6].tolist() == drawn[5, 11].tolist() == [0, 128, 0]
-
-
-# ---- output folders ----
-
-
-def test_output_folder_is_made_and_left_empty(tmp_path):
-    video.check_writable(tmp_path / "a" / "b")
-    assert os.listdir(tmp_path / "a" / "b") == []
-
-
-def test_output_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(OSError, match="cannot write to the output folder") as caught:
-            video.check_writable(folder)
-        assert str(folder) in str(caught.value)
