@@ -123,9 +123,7 @@ def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
     return dataclasses.replace(evaluation, made_by=made_by, overwrite=True)
 
 
-def run(
-    evaluation: Evaluation, quiet: bool = False
-) -> davis_scores.Scores | youtube_vos_scores.Scores | None:
+def run(evaluation: Evaluation, quiet: bool = False) -> report.Scores | None:
     """Segments what is not finished; whoever finishes the last video scores and packs all.
 
     Returns the scores, where there is truth and this process finished the last video. `quiet`: no
@@ -191,7 +189,7 @@ def score(
     results: Path,
     output: Path,
     quiet: bool = False,
-) -> davis_scores.Scores | youtube_vos_scores.Scores | None:
+) -> report.Scores | None:
     """Writes the tables where the data set has truth, and shows them. Those of some videos only
     (`data.sequences`) are called so."""
     split = _split_name(data)
@@ -207,9 +205,6 @@ def score(
         except youtube_vos_scores.NothingToScore as error:
             LOGGER.warning("%s: not scored", error)
             return None
-        scores = dataclasses.replace(scores, split=split)
-        show = report.print_youtube_vos
-        paths = report.write_youtube_vos_tables(scores, output)
     else:
         short = [video.name for video in videos if len(video.frames) < MIN_SCORED_FRAMES]
         if short:
@@ -220,18 +215,15 @@ def score(
         scores = davis_scores.score_davis(
             data.root, results, data.year, data.split, data.resolution, names
         )
-        scores = dataclasses.replace(scores, split=split)
-        show = report.print_davis
-        paths = report.write_davis_tables(scores, output)
     if not quiet:
-        show(scores)
-    for path in paths:
+        report.show(scores, split)
+    for path in report.write_tables(scores, output, split):
         LOGGER.info("wrote %s", path)
     return scores
 
 
 def summary(
-    scores: davis_scores.Scores | youtube_vos_scores.Scores | None,
+    scores: report.Scores | None,
 ) -> dict[str, float]:
     """The means as one line says them; nothing where there is no truth."""
     if scores is None:

@@ -8,7 +8,6 @@ is computed anew. Bad input gives a message and exit status 1, and no tables.
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -67,9 +66,6 @@ def main(arguments: argparse.Namespace) -> None:
             seen_categories=arguments.seen_categories,
             num_threads=arguments.threads,
         )
-        scores = dataclasses.replace(scores, split=called)
-        report.print_youtube_vos(scores)
-        paths = report.write_youtube_vos_tables(scores, output)
     else:
         scores = score_davis(
             arguments.root,
@@ -80,10 +76,8 @@ def main(arguments: argparse.Namespace) -> None:
             sequences=arguments.sequences,
             num_threads=arguments.threads,
         )
-        scores = dataclasses.replace(scores, split=called)
-        report.print_davis(scores)
-        paths = report.write_davis_tables(scores, output)
-    for path in paths:
+    report.show(scores, called)
+    for path in report.write_tables(scores, output, called):
         print(f"wrote {path}")
 
 

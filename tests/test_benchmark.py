@@ -196,7 +196,9 @@ def test_a_stage_is_not_its_convolutions_alone(benchmark):
 
 def test_score(run):
     figures = run("score", "--size", "48x64", "--frames", "3", "--objects", "2")
-    assert all(row["frames_x_objects_per_second"] > 0 for row in figures["rows"])
+    for row in figures["rows"]:
+        scored = row["frames_x_objects_per_second"] * row["seconds"]["median"]
+        assert scored == pytest.approx(3 * 2)
     assert {row["threads"] for row in figures["rows"]} >= {1}
 
 

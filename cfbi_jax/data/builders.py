@@ -18,7 +18,6 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from cfbi_jax import locks
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.records import damaged
-from cfbi_jax.data.videos import TrainingFiles, check_training_files
+from cfbi_jax.data.videos import TrainingFiles, check_training_files, in_threads
 
 LOGGER = logging.getLogger(__name__)
 
@@ -223,7 +222,7 @@ class YoutubeVosFrames(VideoFrames):
         self.files = youtube_vos.training_files(root)
 
 
-def describe(files: Sequence[TrainingFiles], threads: int = 8) -> list[dict[str, Any]]:
+def describe(files: Sequence[TrainingFiles]) -> list[dict[str, Any]]:
     """What records are known by: per video its name, reading, frames by their names and sizes, and
     masks by their names and contents (a mended mask often has the size that it had).
 
@@ -239,9 +238,7 @@ def describe(files: Sequence[TrainingFiles], threads: int = 8) -> list[dict[str,
             "masks": {path.name: _digest(path) for path in video.masks},
         }
 
-    # In threads, as data sets often lie on a network file system.
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(describe_one, files))
+    return in_threads(describe_one, files)
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""An endless, reproducible stream of batches of clips, made by worker processes (Grain).
+"""A reproducible stream of batches of clips, made by worker processes (Grain).
 
     clips = Clips([(davis_videos, 30), (youtube_videos, 1)], ClipOptions(), seed=0)
     clips[123]                                      # any clip alone, always the same
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypedDict
 
 import numpy as np
@@ -113,7 +113,8 @@ def batches(
       shard: (number of this host, number of hosts): every host gets `batch_size / hosts` of a
         batch's clips, another part each.
 
-    Errors: those of `Clips`, raised where the batch would come.
+    Errors: ValueError for a batch that the hosts cannot share; those of `Clips`, and
+    ChildProcessError for a worker that was killed, raised where the batch would come.
     """
     import grain  # takes a second to import
 
@@ -121,7 +122,7 @@ def batches(
     if batch_size % hosts:
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {hosts} hosts")
     dataset = grain.MapDataset.range(start * batch_size, stop * batch_size)
-    dataset = dataset[host::hosts].map(_Read(clips)).batch(batch_size // hosts)
+    dataset = dataset[host::hosts].map(partial(_read, clips)).batch(batch_size // hosts)
     # Counted in batches: each of them is made by one thread.
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     stream = dataset.to_iter_dataset(reading)
@@ -180,17 +181,11 @@ def _copy(batch: ClipBatch) -> ClipBatch:
     return {name: np.array(array) for name, array in batch.items()}
 
 
-class _Read:
-    """Number -> clip as a dictionary of arrays. A class, as worker processes receive it pickled."""
-
-    def __init__(self, clips: Clips):
-        self.clips = clips
-
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
-        clip = self.clips[index]
-        return {
-            "frames": clip.frames,
-            "labels": clip.labels,
-            "num_objects": np.int32(clip.num_objects),
-            "index": np.int32(index),
-        }
+def _read(clips: Clips, index: int) -> dict[str, np.ndarray]:
+    clip = clips[index]
+    return {
+        "frames": clip.frames,
+        "labels": clip.labels,
+        "num_objects": np.int32(clip.num_objects),
+        "index": np.int32(index),
+    }

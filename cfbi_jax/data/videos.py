@@ -15,6 +15,8 @@ from cfbi_jax.data import image_files
 
 LOGGER = logging.getLogger(__name__)
 
+THREADS = 8  # that read files
+
 # What the values of mask files mean: "ids" of objects; "binary", one object wherever they are not 0
 # (DAVIS 2016); "void_255", ids, with 255 where nobody knows (DAVIS 2017).
 Reading = Literal["ids", "binary", "void_255"]
@@ -33,7 +35,6 @@ class EvaluationVideo:
       reading: what the values of the mask files mean; 255 for void is read as background.
       starts: the frame at which each object is given (YouTube-VOS): a given mask shows only the
         objects that start with it. Empty: a given mask shows all its objects.
-      allow_empty_first_mask: an object may start later than the first given mask.
     """
 
     name: str
@@ -43,7 +44,6 @@ class EvaluationVideo:
     truth: Mapping[int, Path] = field(default_factory=dict)
     reading: Reading = "ids"
     starts: Mapping[int, int] = field(default_factory=dict)
-    allow_empty_first_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_given(video: EvaluationVideo, index: int) -> UInt8[np.ndarray, "height 
 
 
 def check_videos(
-    videos: Sequence[EvaluationVideo], max_objects: int | None = None, threads: int = 8
+    videos: Sequence[EvaluationVideo], max_objects: int | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Checks all that can be known before long work: every file, its size, every given mask.
 
@@ -123,11 +123,11 @@ def check_videos(
     picture, a frame or mask of another size than the video, a mask that is none, a first mask
     without objects, more than `max_objects` objects in a video.
     """
-    ids = _in_threads(lambda video: _check_video(video, max_objects), videos, threads)
+    ids = in_threads(lambda video: _check_video(video, max_objects), videos)
     return {video.name: found for video, found in zip(videos, ids, strict=True)}
 
 
-def check_training_files(files: Sequence[TrainingFiles], threads: int = 8) -> None:
+def check_training_files(files: Sequence[TrainingFiles]) -> None:
     """Checks header, size and end of every frame and reads every mask, so that long work does not
     stop halfway.
 
@@ -141,7 +141,7 @@ def check_training_files(files: Sequence[TrainingFiles], threads: int = 8) -> No
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{name}: more than one video of this name; expected one")
-    _in_threads(_check_training_video, files, threads)
+    in_threads(_check_training_video, files)
 
 
 def split_names(listed: str) -> list[str]:
@@ -168,10 +168,11 @@ def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: P
             )
 
 
-def _in_threads(check: Callable, videos: Sequence, threads: int) -> list:
-    """`check` of each video. Of several errors the first in the order of `videos` is raised."""
-    with ThreadPoolExecutor(threads) as pool:
-        results = [pool.submit(check, video) for video in videos]
+def in_threads(look: Callable, videos: Sequence) -> list:
+    """`look` of each video, as data sets often lie on a network file system. Of several errors the
+    first in the order of `videos` is raised."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = [pool.submit(look, video) for video in videos]
         try:
             return [result.result() for result in results]
         except BaseException:
@@ -252,7 +253,7 @@ def _check_starts(video: EvaluationVideo, given: Mapping[int, set[int]]) -> None
             f"{video.name}: the first mask is given at frame {first}"
             f" ({video.frames[first].name}); expected one at {video.frames[0]}"
         )
-    if not given[first] and not video.allow_empty_first_mask:
+    if not given[first] and not video.starts:
         raise empty_first_mask(video)
     if not any(given.values()):
         raise ValueError(

@@ -52,15 +52,14 @@ def evaluation_videos(
     a damaged `meta.json`, ids outside 1..255, an unknown video.
     """
     root = Path(root)
-    meta = read_meta(root, split)
-    names = _selected(root, split, meta, videos)
+    meta = read_meta(root, split, videos)
     frames_folder = _existing(root / (f"{split}_all_frames" if all_frames else split), "JPEGImages")
     masks_folder = _existing(root / split, "Annotations")
     return [
         _evaluation_video(
-            frames_folder / name, masks_folder / name, meta[name], all_frames, split == "train"
+            frames_folder / name, masks_folder / name, objects, all_frames, split == "train"
         )
-        for name in names
+        for name, objects in meta.items()
     ]
 
 
@@ -85,18 +84,23 @@ def training_files(
     frame; ValueError for a damaged `meta.json`, an unknown video.
     """
     root = Path(root)
-    names = _selected(root, split, read_meta(root, split), videos)
+    names = read_meta(root, split, videos)
     frames_folder = _existing(root / split, "JPEGImages")
     masks_folder = _existing(root / split, "Annotations")
     files = (_training_files(frames_folder / n, masks_folder / n) for n in names)
     return skip_short(files, least)
 
 
-def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]:
+def read_meta(
+    root: Path | str, split: str, videos: Sequence[str] | None = None
+) -> dict[str, dict[int, ObjectEntry]]:
     """The objects of each video in `<split>/meta.json`: video -> id -> `ObjectEntry`.
 
+    Sorted by name; `videos` restricts to these names.
+
     Errors: FileNotFoundError; ValueError for a file that is no JSON or not built as it should be, a
-    video without objects, an object without frames, ids outside 1..255, a name that is no folder's.
+    video without objects, an object without frames, ids outside 1..255, a name that is no folder's,
+    an unknown video.
     """
     root = Path(root)
     if not root.is_dir():
@@ -111,19 +115,13 @@ def read_meta(root: Path | str, split: str) -> dict[str, dict[int, ObjectEntry]]
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged, no JSON ({error})") from error
-    videos = _mapping(content, "videos", f"{path}")
-    check_are_folders(videos, path)
-    return {name: _read_objects(videos, name, path) for name in videos}
-
-
-def _selected(
-    root: Path, split: str, meta: Mapping[str, Any], videos: Sequence[str] | None
-) -> list[str]:
-    """The names in `meta`, or those of `videos` after checking that they are in it, sorted."""
+    listed = _mapping(content, "videos", f"{path}")
+    check_are_folders(listed, path)
+    objects = {name: _read_objects(listed, name, path) for name in sorted(listed)}
     if videos is None:
-        return sorted(meta)
-    check_names("video", videos, sorted(meta), root / split / "meta.json")
-    return sorted(set(videos))
+        return objects
+    check_names("video", videos, objects, path)
+    return {name: objects[name] for name in sorted(set(videos))}
 
 
 def _existing(split_folder: Path, kind: str) -> Path:
@@ -225,7 +223,6 @@ def _evaluation_video(
         truth=truth,
         reading="ids",
         starts=starts,
-        allow_empty_first_mask=True,
     )
 
 

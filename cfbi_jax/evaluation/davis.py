@@ -24,7 +24,6 @@ class Scores:
     """Scores of a DAVIS split: `objects` in the order of its list, and the means over objects."""
 
     year: int
-    split: str
     objects: tuple[metrics.ObjectScores, ...]
     region: metrics.Statistics
     boundary: metrics.Statistics
@@ -68,18 +67,11 @@ def score_davis(
         raise FileNotFoundError(f"{results}: no such folder of predicted masks")
     videos = evaluation_videos(root, year, split, resolution, sequences)
     pairs = {video.name: _frame_pairs(video, results) for video in videos}
-    all_pairs = [pair for own in pairs.values() for pair in own]
-    if not all_pairs:
+    if not pairs:
         raise ValueError(f"{root}: asked for no sequence, expected some of split {split!r}")
-    predictions.check_files(all_pairs, num_threads)
-    scores = iter(predictions.score_frames(all_pairs, num_threads))
-
-    objects = []
-    for name, own in pairs.items():
-        objects += predictions.group_scores(name, own, [next(scores) for _ in own])
+    objects = predictions.score(pairs, num_threads)
     return Scores(
         year=year,
-        split=split,
         objects=tuple(objects),
         region=metrics.mean_statistics([o.region_statistics for o in objects]),
         boundary=metrics.mean_statistics([o.boundary_statistics for o in objects]),

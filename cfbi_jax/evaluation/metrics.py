@@ -82,21 +82,18 @@ def region_similarity(
 def boundary_f_measure(
     prediction: Bool[np.ndarray, "height width"],
     truth: Bool[np.ndarray, "height width"],
-    radius: int | None = None,
+    radius: int,
 ) -> float:
     """Returns F, the harmonic mean of boundary precision and recall.
 
     Args:
       prediction: the mask to score.
       truth: the true mask.
-      radius: tolerance in pixels; None takes `boundary_radius` of the masks' own size. To be given
-        when the masks are a crop of the image.
+      radius: tolerance in pixels: `boundary_radius` of the image, of which the masks may be a crop.
 
     Returns:
       F; 1.0 when neither mask has a boundary, 0.0 when only one has.
     """
-    if radius is None:
-        radius = boundary_radius(*truth.shape)
     predicted, true = boundary_map(prediction), boundary_map(truth)
     num_predicted, num_true = np.count_nonzero(predicted), np.count_nonzero(true)
     if num_predicted == 0 or num_true == 0:
@@ -141,20 +138,6 @@ def score_objects(
     return region, boundary
 
 
-def score_frame(
-    prediction: UInt8[np.ndarray, "height width"],
-    truth: UInt8[np.ndarray, "height width"],
-    num_objects: int,
-) -> tuple[Float64[np.ndarray, " objects"], Float64[np.ndarray, " objects"]]:
-    """Scores objects 1 to `num_objects` of one frame; see `score_objects`."""
-    return score_objects(prediction, truth, tuple(range(1, num_objects + 1)))
-
-
-def mean(values: Float64[np.ndarray, " frames"]) -> float:
-    """Returns the mean over frames."""
-    return float(np.mean(values))
-
-
 def recall(values: Float64[np.ndarray, " frames"]) -> float:
     """Returns the share of frames whose value is above 0.5, strictly."""
     return float(np.mean(values > RECALL_THRESHOLD))
@@ -174,7 +157,7 @@ def decay(values: Float64[np.ndarray, " frames"]) -> float:
 
 def statistics(values: Float64[np.ndarray, " frames"]) -> Statistics:
     """Returns mean, recall and decay of at least one frame's values."""
-    return Statistics(mean(values), recall(values), decay(values))
+    return Statistics(float(np.mean(values)), recall(values), decay(values))
 
 
 def mean_statistics(per_object: list[Statistics]) -> Statistics:

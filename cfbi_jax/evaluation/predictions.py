@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -39,23 +39,29 @@ class FramePair:
     binary: bool = False
 
 
-def check_files(pairs: Sequence[FramePair], num_threads: int | None = None) -> None:
-    """Opens the header of every file, so that a bad folder stops before anything is scored.
+def score(
+    pairs: Mapping[str, Sequence[FramePair]], num_threads: int | None = None
+) -> list[metrics.ObjectScores]:
+    """Scores the objects of each sequence's frames, by sequence, then by ascending id.
+
+    Every file is looked for, and its header read, before the first frame is scored.
+
+    Args:
+      pairs: the scored frames of each sequence, in order.
+      num_threads: None takes one per core.
 
     Raises:
       FileNotFoundError: when a mask is missing; counts the missing ones and names the first.
-      ValueError: when a prediction is not a PNG of ids, or of another size than its truth.
+      ValueError: when a prediction is not a PNG of ids, of another size than its truth, or holds an
+        id that is not allowed.
     """
-    for name, paths in (
-        ("true masks of scored frames", [pair.truth for pair in pairs]),
-        ("predictions", [pair.prediction for pair in pairs]),
-    ):
-        missing = [path for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{len(missing)} of {len(paths)} {name} are missing, first: {missing[0]}"
-            )
-    _thread_map(_check_header, pairs, num_threads)
+    all_pairs = [pair for own in pairs.values() for pair in own]
+    _check_files(all_pairs, num_threads)
+    scores = iter(score_frames(all_pairs, num_threads))
+    objects = []
+    for sequence, own in pairs.items():
+        objects += _by_object(sequence, own, [next(scores) for _ in own])
+    return objects
 
 
 def score_frames(pairs: Sequence[FramePair], num_threads: int | None = None) -> list[FrameScores]:
@@ -75,18 +81,31 @@ def score_frames(pairs: Sequence[FramePair], num_threads: int | None = None) -> 
     return _thread_map(_score_pair, pairs, num_threads)
 
 
-def group_scores(
-    sequence: str,
-    pairs: Sequence[FramePair],
-    scores: Sequence[FrameScores],
-) -> list[metrics.ObjectScores]:
-    """Turns one sequence's scores per frame into scores per object, by ascending id.
+def _check_files(pairs: Sequence[FramePair], num_threads: int | None) -> None:
+    for name, paths in (
+        ("true masks of scored frames", [pair.truth for pair in pairs]),
+        ("predictions", [pair.prediction for pair in pairs]),
+    ):
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(paths)} {name} are missing, first: {missing[0]}"
+            )
+    _thread_map(_check_header, pairs, num_threads)
 
-    Args:
-      sequence: its name.
-      pairs: its scored frames, in order.
-      scores: what `score_frames` returned for `pairs`.
-    """
+
+def _check_header(pair: FramePair) -> None:
+    expected, found = mask_size(pair.truth), mask_size(pair.prediction)
+    if found != expected:
+        raise ValueError(
+            f"{pair.prediction}: size is {found} (height, width), its truth has {expected}"
+        )
+
+
+def _by_object(
+    sequence: str, pairs: Sequence[FramePair], scores: Sequence[FrameScores]
+) -> list[metrics.ObjectScores]:
+    """Turns one sequence's scores per frame into scores per object, by ascending id."""
     frames, region, boundary = defaultdict(list), defaultdict(list), defaultdict(list)
     for pair, (frame_region, frame_boundary) in zip(pairs, scores, strict=True):
         for i, object_id in enumerate(pair.object_ids):
@@ -105,17 +124,7 @@ def group_scores(
     ]
 
 
-def _check_header(pair: FramePair) -> None:
-    expected, found = mask_size(pair.truth), mask_size(pair.prediction)
-    if found != expected:
-        raise ValueError(
-            f"{pair.prediction}: size is {found} (height, width), its truth has {expected}"
-        )
-
-
-def _score_pair(
-    pair: FramePair,
-) -> FrameScores:
+def _score_pair(pair: FramePair) -> FrameScores:
     prediction, truth = (
         read_mask(path, refuse_shades=False) for path in (pair.prediction, pair.truth)
     )

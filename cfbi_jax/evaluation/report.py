@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,10 @@ from cfbi_jax.evaluation import davis, metrics, youtube_vos
 DAVIS_MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 OBJECT_MEASURES = DAVIS_MEASURES[1:]
 TABLE_KINDS = ("global_results", "per-sequence_results", "per-object_results")
+
+Scores = davis.Scores | youtube_vos.Scores
+# Kind, header, rows.
+CsvTable = tuple[str, Sequence[str], list[Sequence[object]]]
 
 
 def table_path(folder: str | Path, kind: str, split: str) -> Path:
@@ -33,75 +37,69 @@ def remove_tables(folder: str | Path, split: str) -> None:
         table_path(folder, kind, split).unlink(missing_ok=True)
 
 
-def write_davis_tables(scores: davis.Scores, folder: str | Path) -> list[Path]:
-    """Writes the two CSV files of the official tool, and one with all statistics per object.
+def write_tables(scores: Scores, folder: str | Path, name: str) -> list[Path]:
+    """Writes the CSV files of DAVIS' or YouTube-VOS' scores, and returns their paths.
 
-    `global_results-<split>.csv` and `per-sequence_results-<split>.csv` are the official ones, in
-    the same bytes: values from 0 to 1, three decimals, an object named `<sequence>_<id>`.
-    `per-object_results-<split>.csv` adds recall, decay and the number of scored frames.
-
-    Returns:
-      The paths written.
+    DAVIS: `global_results-<name>.csv` and `per-sequence_results-<name>.csv` are those of the
+    official tool, in the same bytes: values from 0 to 1, three decimals, an object named
+    `<sequence>_<id>`. `per-object_results-<name>.csv` adds recall, decay and the number of scored
+    frames. YouTube-VOS: the first, with the means of its groups, and the last.
     """
-    per_sequence = (
+    if isinstance(scores, youtube_vos.Scores):
+        tables = _youtube_vos_tables(scores)
+    else:
+        tables = _davis_tables(scores)
+    return [
+        _write_csv(table_path(folder, kind, name), header, rows) for kind, header, rows in tables
+    ]
+
+
+def show(scores: Scores, name: str, console: Console | None = None) -> None:
+    """Prints the means, called `name`; for DAVIS a table per object, for YouTube-VOS what the
+    numbers assume."""
+    console = console or Console()
+    if isinstance(scores, youtube_vos.Scores):
+        _show_youtube_vos(scores, name, console)
+    else:
+        _show_davis(scores, name, console)
+
+
+def _davis_tables(scores: davis.Scores) -> list[CsvTable]:
+    per_sequence = [
         (
             f"{o.sequence}_{o.object_id}",
             f"{o.region_statistics.mean:.3f}",
             f"{o.boundary_statistics.mean:.3f}",
         )
         for o in scores.objects
-    )
-    per_object = (
+    ]
+    per_object = [
         (o.sequence, o.object_id, len(o.frames), *(f"{v:.6f}" for v in _object_values(o)))
         for o in scores.objects
-    )
+    ]
     values = [f"{value:.3f}" for value in _davis_values(scores)]
     return [
-        _write_csv(table_path(folder, "global_results", scores.split), DAVIS_MEASURES, [values]),
-        _write_csv(
-            table_path(folder, "per-sequence_results", scores.split),
-            ("Sequence", "J-Mean", "F-Mean"),
-            per_sequence,
-        ),
-        _write_csv(
-            table_path(folder, "per-object_results", scores.split),
-            ("Sequence", "Object", "Frames", *OBJECT_MEASURES),
-            per_object,
-        ),
+        ("global_results", DAVIS_MEASURES, [values]),
+        ("per-sequence_results", ("Sequence", "J-Mean", "F-Mean"), per_sequence),
+        ("per-object_results", ("Sequence", "Object", "Frames", *OBJECT_MEASURES), per_object),
     ]
 
 
-def write_youtube_vos_tables(scores: youtube_vos.Scores, folder: str | Path) -> list[Path]:
-    """Writes `global_results-<split>.csv` and `per-object_results-<split>.csv`.
-
-    Returns:
-      The paths written.
-    """
-    values = [f"{value:.3f}" for _, value in _youtube_vos_values(scores)]
-    per_object = (
+def _youtube_vos_tables(scores: youtube_vos.Scores) -> list[CsvTable]:
+    names, values = zip(*_youtube_vos_values(scores), strict=True)
+    per_object = [
         (o.sequence, o.object_id, category, len(o.frames), *(f"{v:.6f}" for v in _object_values(o)))
         for o, category in zip(scores.objects, scores.categories, strict=True)
-    )
+    ]
+    header = ("Video", "Object", "Category", "Frames", *OBJECT_MEASURES)
     return [
-        _write_csv(
-            table_path(folder, "global_results", scores.split),
-            [name for name, _ in _youtube_vos_values(scores)],
-            [values],
-        ),
-        _write_csv(
-            table_path(folder, "per-object_results", scores.split),
-            ("Video", "Object", "Category", "Frames", *OBJECT_MEASURES),
-            per_object,
-        ),
+        ("global_results", names, [[f"{value:.3f}" for value in values]]),
+        ("per-object_results", header, per_object),
     ]
 
 
-def print_davis(scores: davis.Scores, console: Console | None = None) -> None:
-    """Prints the global numbers and a table per object."""
-    console = console or Console()
-    table = _table(
-        f"DAVIS {scores.year} {scores.split}, {len(scores.objects)} objects", DAVIS_MEASURES
-    )
+def _show_davis(scores: davis.Scores, name: str, console: Console) -> None:
+    table = _table(f"DAVIS {scores.year} {name}, {len(scores.objects)} objects", DAVIS_MEASURES)
     table.add_row(*(f"{value:.3f}" for value in _davis_values(scores)))
     console.print(table)
     per_object = _table("Per object", ("Object", *OBJECT_MEASURES))
@@ -112,14 +110,10 @@ def print_davis(scores: davis.Scores, console: Console | None = None) -> None:
     console.print(per_object)
 
 
-def print_youtube_vos(scores: youtube_vos.Scores, console: Console | None = None) -> None:
-    """Prints the numbers of each group, and what they assume."""
-    console = console or Console()
-    table = _table(
-        f"YouTube-VOS layout, {scores.split}, {len(scores.objects)} objects",
-        [name for name, _ in _youtube_vos_values(scores)],
-    )
-    table.add_row(*(f"{value:.3f}" for _, value in _youtube_vos_values(scores)))
+def _show_youtube_vos(scores: youtube_vos.Scores, name: str, console: Console) -> None:
+    names, values = zip(*_youtube_vos_values(scores), strict=True)
+    table = _table(f"YouTube-VOS layout, {name}, {len(scores.objects)} objects", names)
+    table.add_row(*(f"{value:.3f}" for value in values))
     console.print(table)
     for group in scores.groups:
         console.print(f"{group.name}: {group.num_objects} objects")
@@ -163,7 +157,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

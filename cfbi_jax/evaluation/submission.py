@@ -21,7 +21,7 @@ from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
 from cfbi_jax.data.image_files import ids_in, image_size, replacing
-from cfbi_jax.data.videos import check_names, read_label
+from cfbi_jax.data.videos import read_label
 from cfbi_jax.data.youtube_vos import read_meta
 
 LOGGER = logging.getLogger(__name__)
@@ -98,7 +98,6 @@ def check_submission(
     split: str = "test-dev",
     resolution: str = "480p",
     sequences: Sequence[str] | None = None,
-    num_threads: int | None = None,
 ) -> list[str]:
     """Says what a server would reject in a submission.
 
@@ -114,7 +113,6 @@ def check_submission(
       split: list of `ImageSets/<year>`, or folder of YouTube-VOS.
       resolution: DAVIS only, name of the folder under `JPEGImages` and `Annotations`.
       sequences: expects only these; None expects all of the split.
-      num_threads: None takes one per core.
 
     Returns:
       One line per problem; empty when the submission would be accepted.
@@ -130,7 +128,7 @@ def check_submission(
         files = {
             folder + name: path.read_bytes for name, path in _files_to_pack(submission).items()
         }
-        return _problems(files, folder, expected, num_threads)
+        return _problems(files, folder, expected)
     if not submission.is_file():
         raise FileNotFoundError(f"{submission}: no such zip or folder")
     try:
@@ -143,7 +141,7 @@ def check_submission(
                 f"{name} is in the archive {n} times" for name, n in repeats.items() if n > 1
             ]
             files = {info.filename: partial(archive.read, info) for info in members}
-            return repeated + _problems(files, folder, expected, num_threads)
+            return repeated + _problems(files, folder, expected)
     except zipfile.BadZipFile as error:
         return [f"{submission.name} is not a zip file, or is damaged: {error}"]
 
@@ -176,12 +174,8 @@ def expected_sequences(
 def _expected_youtube_vos(
     root: Path, split: str, videos: Sequence[str] | None
 ) -> dict[str, ExpectedSequence]:
-    meta = read_meta(root, split)
-    if videos is not None:
-        check_names("video", videos, meta, root / split / "meta.json")
     expected = {}
-    for video in sorted(meta if videos is None else videos):
-        objects = meta[video]
+    for video, objects in read_meta(root, split, videos).items():
         frames = sorted({frame for o in objects.values() for frame in o.frames}, key=int)
         expected[video] = ExpectedSequence(
             frames=tuple(frames),
@@ -207,7 +201,6 @@ def _problems(
     files: Mapping[str, Callable[[], bytes]],
     folder: str,
     expected: Mapping[str, ExpectedSequence],
-    num_threads: int | None,
 ) -> list[str]:
     """Returns the problems of a set of files, given by their names in the archive."""
     wanted = {
@@ -231,7 +224,7 @@ def _problems(
             f"{sequence}: " + ("missing" if whole else f"missing {_count_frames(frames)}")
         )
 
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(
             lambda name: _content_problem(files[name], expected[wanted[name][0]]), present
         )

@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from cfbi_jax.data.videos import check_names
 from cfbi_jax.data.youtube_vos import ObjectEntry, read_meta
 from cfbi_jax.evaluation import metrics, predictions
 
@@ -52,7 +51,6 @@ class Scores:
     """Scores of a folder in YouTube-VOS layout.
 
     Attributes:
-      split: name of the scored folder.
       objects: by video and id.
       categories: category of each object.
       groups: seen, then unseen; or all, where it is not known which categories were seen. Groups
@@ -60,7 +58,6 @@ class Scores:
       overall: mean of J and F of the groups.
     """
 
-    split: str
     objects: tuple[metrics.ObjectScores, ...]
     categories: tuple[str, ...]
     groups: tuple[GroupScores, ...]
@@ -100,31 +97,21 @@ def score_youtube_vos(
     root, results = Path(root), Path(results)
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: no such folder of predicted masks")
-    meta = read_meta(root, split)
-    if videos is not None:
-        check_names("video", videos, meta, root / split / "meta.json")
-        meta = {video: meta[video] for video in videos}
+    meta = read_meta(root, split, videos)
     seen = _seen_categories(root, seen_categories)
     if seen_categories is not None:
         _check_categories(seen, meta, root / split / "meta.json")
 
     pairs = {
         video: _frame_pairs(root / split / "Annotations" / video, results / video, objects)
-        for video, objects in sorted(meta.items())
+        for video, objects in meta.items()
     }
-    all_pairs = [pair for own in pairs.values() for pair in own]
-    if not all_pairs:
+    if not any(pairs.values()):
         raise NothingToScore(f"{root / split}: no object has a frame after its first one to score")
-    predictions.check_files(all_pairs, num_threads)
-    scores = iter(predictions.score_frames(all_pairs, num_threads))
-
-    objects = []
-    for video, own in pairs.items():
-        objects += predictions.group_scores(video, own, [next(scores) for _ in own])
+    objects = predictions.score(pairs, num_threads)
     categories = [meta[o.sequence][o.object_id].category for o in objects]
     groups = _group_scores(objects, categories, seen)
     return Scores(
-        split=split,
         objects=tuple(objects),
         categories=tuple(categories),
         groups=groups,
@@ -188,8 +175,8 @@ def _group_scores(
                 GroupScores(
                     name=name,
                     num_objects=len(members),
-                    region=sum(metrics.mean(o.region) for o in members) / len(members),
-                    boundary=sum(metrics.mean(o.boundary) for o in members) / len(members),
+                    region=sum(o.region_statistics.mean for o in members) / len(members),
+                    boundary=sum(o.boundary_statistics.mean for o in members) / len(members),
                 )
             )
     return tuple(groups)

@@ -62,8 +62,8 @@ def segment_videos(
     videos: Sequence[EvaluationVideo],
     output: Path,
     made_by: Mapping,
-    overwrite: bool = False,
-    overlays: bool = False,
+    overwrite: bool,
+    overlays: bool,
 ) -> list[Segmented]:
     """Segments all videos that are not finished and that no other process holds.
 
@@ -74,11 +74,9 @@ def segment_videos(
         interrupted call goes on without it.
       overlays: also write OUT/overlays/<video>.png, a strip of a few frames.
 
-    Returns the videos that this process did. Raises BadFile, before anything is computed, where
-    finished videos were made by something else.
+    Returns the videos that this process did. Raises BadFile at a video that was finished by
+    something else (`check_made_by` says so of all of them, before anything is computed).
     """
-    if not overwrite:
-        check_made_by(videos, output, made_by)
     (output / "segmented").mkdir(parents=True, exist_ok=True)
     if overwrite:
         for video in videos:

@@ -25,8 +25,7 @@ from pathlib import Path
 import jax
 from clu import parameter_overview
 
-from cfbi_jax import evaluate
-from cfbi_jax import memory as device_memory
+from cfbi_jax import evaluate, memory
 from cfbi_jax.data import loader
 from cfbi_jax.data.image_files import write_file
 from cfbi_jax.inference import dataset
@@ -36,7 +35,7 @@ from cfbi_jax.training.diagnosis import NotFinite, explain
 from cfbi_jax.training.feeding import on_devices
 from cfbi_jax.training.preparation import Refused, Training, hold
 from cfbi_jax.training.processes import end_at_sigterm, from_primary
-from cfbi_jax.training.reports import Reports, Scores, every, memory
+from cfbi_jax.training.reports import Evaluations, Reports, every, peak_memory
 from cfbi_jax.training.step import TrainState, create_state, make_train_step, replicate
 from cfbi_jax.weights.checkpoint import load_checkpoint
 
@@ -71,7 +70,7 @@ def run(training: Training) -> None:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(training.workdir))
-        stack.enter_context(device_memory.explained(LESS_MEMORY))
+        stack.enter_context(memory.explained(LESS_MEMORY))
         _train(training, stack)
     if jax.process_count() > 1:  # nobody asks any more whether it came
         end_at_sigterm()
@@ -122,8 +121,8 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     reports = Reports(workdir, first_step) if primary else None
     if reports:
         stack.callback(reports.close)
-    scores = Scores(config, workdir, training.start, training.evaluation, first_step)
-    stack.callback(scores.close)
+    evaluations = Evaluations(config, workdir, training.start, training.evaluation, first_step)
+    stack.callback(evaluations.close)
     profile = stack.enter_context(_profiler(workdir, config.profile_at_step))
 
     # ---- Data: the position is the step ----
@@ -150,9 +149,9 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         raise stopping.by_signal(stopped(step))
 
     # ---- Steps ----
-    if scores.due(first_step):  # the run was stopped during this evaluation
+    if evaluations.due(first_step):  # the run was stopped during this evaluation
         with stopping.at_once(stopped(first_step)):
-            scores.evaluate(state, first_step)
+            evaluations.evaluate(state, first_step)
     waited, steps, since, told = 0.0, 0, time.perf_counter(), False
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
@@ -179,7 +178,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             waited, steps, since = 0.0, 0, time.perf_counter()
 
         if every(step, config.log_every_steps) or step == last_step:
-            logged = jax.device_get({k: v for k, v in metrics.items() if v.ndim == 0})
+            logged = jax.device_get(metrics)
             _check_finite(training, state)
             if reports:
                 logged |= {"learning_rate": rate(step - 1), "rows": batch.packing.row.size}
@@ -194,19 +193,19 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
                             "than %d help where there are cores for them (here %d)",
                             *(100 * waited / (seconds * steps), config.workers, os.cpu_count()),
                         )
-                reports.log(step, logged | memory())
+                reports.log(step, logged | peak_memory())
             waited, steps, since = 0.0, 0, time.perf_counter()
         elif every(step, CHECK_EVERY):
             _check_finite(training, state)
         if reports and every(step, config.picture_every_steps):
             reports.picture(step, clip_batch, prediction)
-        if every(step, config.checkpoint_every_steps) or step == last_step or scores.due(step):
+        if every(step, config.checkpoint_every_steps) or step == last_step or evaluations.due(step):
             _check_finite(training, state)
             store.save(state)
-        if scores.due(step):
+        if evaluations.due(step):
             store.wait()  # an evaluation takes long: what comes before it is safe
             with stopping.at_once(stopped(step)):
-                scores.evaluate(state, step)
+                evaluations.evaluate(state, step)
             waited, steps, since = 0.0, 0, time.perf_counter()
         if stopping(step):
             stop(state, step)

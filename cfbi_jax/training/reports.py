@@ -25,13 +25,13 @@ def every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def memory() -> dict[str, float]:
+def peak_memory() -> dict[str, float]:
     """Peak memory so far in MiB: of the first device, where it tells, and of this process."""
-    memory = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    found = {"host_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
-        memory["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
-    return memory
+        found["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
+    return found
 
 
 class Reports:
@@ -70,7 +70,7 @@ class Reports:
         self._writer.close()
 
 
-class Scores:
+class Evaluations:
     """Evaluations on the way, by the first process: which are due, and the best so far."""
 
     def __init__(

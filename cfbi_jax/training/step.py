@@ -166,7 +166,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict, UInt8[Array, "b n height width"]]]:
     """Compiles the step; its first argument's memory is reused.
 
-    It returns the new state, the metrics (scalars; `clip_loss [b]`) and the predicted masks. From a
+    It returns the new state, the metrics (scalars) and the predicted masks. From a
     step on whose loss or gradient is not finite the state stays as it was before it (`halted`), so
     that the step can be looked into whenever the host next reads the metrics.
     """
@@ -174,14 +174,14 @@ def make_train_step(
         partial(_device_gradients, model, image_format, options),
         mesh=mesh,
         in_specs=(P(), P(), P(), P(), P("data")),
-        out_specs=(P(), P(), P("data"), P("data")),
+        out_specs=(P(), P(), P("data")),
         # Gradients are averaged once, explicitly, after the last part.
         check_vma=False,
     )
 
     @partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def train_step(state: TrainState, batch: Batch):
-        gradient, metrics, clip_loss, prediction = gradients(
+        gradient, metrics, prediction = gradients(
             state.params, state.frozen, state.step, state.key, batch
         )
         norm = optax.global_norm(gradient)
@@ -204,7 +204,7 @@ def make_train_step(
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & ~state.halted
         new_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new_state, state)
         new_state = new_state._replace(halted=~good)
-        metrics |= {"gradient_norm": norm, "clip_loss": clip_loss}
+        metrics |= {"gradient_norm": norm}
         return new_state, metrics, prediction
 
     return train_step
@@ -250,7 +250,7 @@ def plan_step(
 
 
 def _device_gradients(model, image_format, options, params, frozen, step, key, batch):
-    """One device's share: gradient and metrics (averaged over all devices), losses, predictions."""
+    """One device's share: gradient and metrics (averaged over all devices), predictions."""
     parts = options.accumulate
     batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     batch = batch._replace(packing=Packing(*(x[:, 0] for x in batch.packing)))
@@ -279,7 +279,7 @@ def _device_gradients(model, image_format, options, params, frozen, step, key, b
     gradient, loss = jax.lax.pmean((gradient, jnp.mean(losses)), "data")
     iou_sum, objects = jax.lax.psum(jnp.sum(counts, axis=0), "data")
     metrics = {"loss": loss, "iou": iou_sum / objects}  # NaN for background only
-    return gradient, metrics, losses, prediction
+    return gradient, metrics, prediction
 
 
 def clip_losses(

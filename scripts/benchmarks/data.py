@@ -6,6 +6,7 @@ import resource
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +36,26 @@ def score(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     size, objects, runs = arguments.size, arguments.objects, arguments.runs
     _, truth = synthetic_video(0, arguments.frames, size, objects)
     predicted = np.roll(truth, SHIFT, axis=2)
+    ids = tuple(range(1, objects + 1))
+    of_frame = partial(metrics.score_objects, object_ids=ids)
     rows = []
     for threads in thread_counts():
 
         def in_memory(threads=threads):
             with ThreadPoolExecutor(threads) as pool:
-                count = [objects] * len(truth)
-                return list(pool.map(metrics.score_frame, predicted, truth, count))
+                return list(pool.map(of_frame, predicted, truth))
 
-        rows.append(_score_row("J and F in memory", threads, time_runs(in_memory, runs), truth))
+        times = time_runs(in_memory, runs)
+        rows.append(_score_row("J and F in memory", threads, times, len(truth) * objects))
     with tempfile.TemporaryDirectory() as folder:
-        pairs = _write_pairs(Path(folder), predicted, truth, objects)
+        pairs = _write_pairs(Path(folder), predicted, truth, ids)
         for threads in thread_counts():
 
             def from_files(threads=threads):
                 return predictions.score_frames(pairs, threads)
 
-            rows.append(_score_row("J and F of files", threads, time_runs(from_files, runs), truth))
-    for row in rows:
-        row["frames_x_objects_per_second"] *= objects
+            times = time_runs(from_files, runs)
+            rows.append(_score_row("J and F of files", threads, times, len(truth) * objects))
     for one, several in (rows[:2], rows[2:]) if len(rows) == 4 else ():
         several["times_one_thread"] = one["seconds"]["median"] / several["seconds"]["median"]
     return rows, None
@@ -64,17 +66,16 @@ def thread_counts() -> list[int]:
     return list(dict.fromkeys((1, os.cpu_count() or 1)))
 
 
-def _score_row(name: str, threads: int, times: Times, truth: np.ndarray) -> Row:
-    rate = len(truth) / times.median
+def _score_row(name: str, threads: int, times: Times, scored: int) -> Row:
+    rate = scored / times.median
     return make_row(
         "scoring", name, times, None, None, threads=threads, frames_x_objects_per_second=rate
     )
 
 
 def _write_pairs(
-    folder: Path, predicted: np.ndarray, truth: np.ndarray, objects: int
+    folder: Path, predicted: np.ndarray, truth: np.ndarray, ids: tuple[int, ...]
 ) -> list[predictions.FramePair]:
-    ids = tuple(range(1, objects + 1))
     pairs = []
     for i, labels in enumerate(zip(predicted, truth, strict=True)):
         paths = [folder / kind / f"{i:05d}.png" for kind in ("predicted", "truth")]

@@ -45,7 +45,6 @@ class Program:
     call: Callable
     compile_seconds: float
     memory_mib: dict[str, float]
-    xla_flops: float | None  # of which the bodies of loops are counted once
     text: str
 
     @property
@@ -85,7 +84,7 @@ def compile_program(function: Callable, *arguments: Any) -> Program:
     started = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - started
-    return Program(compiled, seconds, _memory(compiled), _flops(compiled), compiled.as_text())
+    return Program(compiled, seconds, _memory(compiled), compiled.as_text())
 
 
 def _memory(compiled) -> dict[str, float]:
@@ -97,11 +96,6 @@ def _memory(compiled) -> dict[str, float]:
         "arguments": analysis.argument_size_in_bytes / MIB,
         "outputs": analysis.output_size_in_bytes / MIB,
     }
-
-
-def _flops(compiled) -> float | None:
-    analysis = compiled.cost_analysis() or {}
-    return analysis.get("flops")
 
 
 def time_runs(function: Callable[[], Any], runs: int) -> Times:

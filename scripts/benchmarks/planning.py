@@ -16,14 +16,12 @@ from jax.sharding import Mesh
 from benchmarks.measure import MIB, Limits
 from benchmarks.networks import block_label, make_model, random_frames, random_variables
 from benchmarks.report import Row, make_row
-from benchmarks.train import FRAMES, check_batch, random_batch
+from benchmarks.train import FRAMES, check_batch, make_optimizer, random_batch, step_options
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.memory import MemoryPlan
 from cfbi_jax.models.images import IMAGENET_FORMAT
-from cfbi_jax.training import schedule
 from cfbi_jax.training.step import (
-    StepOptions,
     create_state,
     make_train_step,
     plan_step,
@@ -90,12 +88,7 @@ def plan_training(arguments: argparse.Namespace) -> Measured:
     """A step on clips that all have the objects."""
     check_batch(arguments, 1)
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
-    options = StepOptions(
-        max_objects=arguments.objects, accumulate=arguments.accumulate, remat=arguments.remat
-    )
-    tx = schedule.optimizer(
-        schedule.learning_rate(0.01, 1000, 100, 1e-5), 15e-5, 0.9, max_gradient_norm=5.0
-    )
+    options, tx = step_options(arguments), make_optimizer()
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     num_objects = np.full(arguments.batch, arguments.objects, np.int32)
     shape = (FRAMES, arguments.crop, arguments.crop)

@@ -17,7 +17,7 @@ from cfbi_jax.data.image_files import write_file
 Row = dict[str, Any]
 PLAIN_WIDTH = 180
 # What is written elsewhere in the table, or in the JSON file alone.
-HIDDEN = ("section", "name", "details", "xla_flops", "bound")
+HIDDEN = ("section", "name", "details", "bound")
 
 
 def make_row(
@@ -39,7 +39,6 @@ def make_row(
         row["share_of_limit"] = limit[0] / times.median
     if program:
         row["memory_mib"] = program.memory_mib
-        row["xla_flops"] = program.xla_flops
     return row | figures
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +46,18 @@ COLLECTIVE = re.compile(
 SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
+def step_options(arguments: argparse.Namespace) -> StepOptions:
+    return StepOptions(
+        max_objects=arguments.objects, accumulate=arguments.accumulate, remat=arguments.remat
+    )
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """The paper's."""
+    rate = schedule.learning_rate(0.01, 1000, 100, 1e-5)
+    return schedule.optimizer(rate, 15e-5, 0.9, 5.0)
+
+
 def train(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
     """A row of the step, and one per kind of collective operation in the compiled step."""
     devices = jax.devices()[: arguments.devices]
@@ -52,11 +65,7 @@ def train(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
     mesh = Mesh(np.array(devices), ("data",))
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
     limits = measure_limits(["float32", arguments.dtype, arguments.matching_dtype], arguments.runs)
-    options = StepOptions(
-        max_objects=arguments.objects, accumulate=arguments.accumulate, remat=arguments.remat
-    )
-    rate = schedule.learning_rate(0.01, 1000, 100, 1e-5)
-    tx = schedule.optimizer(rate, 15e-5, 0.9, 5.0)
+    options, tx = step_options(arguments), make_optimizer()
     state = replicate(create_state(random_variables(model), tx, seed=0), mesh)
     batch = random_batch(arguments, mesh)
     step = make_train_step(model, IMAGENET_FORMAT, tx, options, mesh)

@@ -119,7 +119,7 @@ def test_number_of_threads_changes_nothing(two_squares):
 def test_tables_byte_for_byte(two_squares, tmp_path):
     """a: half of a square, J = 8 / 16, F = 22 / 28 (precision 11 / 12, recall 11 / 16); b: 1, 0."""
     scores = score_davis(*two_squares)
-    paths = report.write_davis_tables(scores, tmp_path / "tables")
+    paths = report.write_tables(scores, tmp_path / "tables", "val")
     assert [path.name for path in paths] == [
         "global_results-val.csv",
         "per-sequence_results-val.csv",
@@ -137,7 +137,7 @@ def test_tables_byte_for_byte(two_squares, tmp_path):
         path.name for path in paths
     )
     screen = Console(file=io.StringIO(), width=100)
-    report.print_davis(scores, screen)
+    report.show(scores, "val", screen)
     shown = screen.file.getvalue()
     assert "0.571" in shown and "a_1" in shown and "0.786" in shown
 

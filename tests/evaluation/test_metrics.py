@@ -14,7 +14,7 @@ SIZES = array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)
 
 
 def assert_matches(prediction, truth, num_objects):
-    region, boundary = metrics.score_frame(prediction, truth, num_objects)
+    region, boundary = metrics.score_objects(prediction, truth, tuple(range(1, num_objects + 1)))
     assert region.shape == boundary.shape == (num_objects,)
     for k in range(num_objects):
         expected = slow_scores.j_and_f(prediction == k + 1, truth == k + 1)
@@ -97,9 +97,9 @@ def test_empty_masks_and_absent_objects():
         (empty, square, 0.0),
         (square, square, 1.0),
     ):
-        assert metrics.score_frame(prediction, truth, 1) == (expected, expected)
+        assert metrics.score_objects(prediction, truth, (1,)) == (expected, expected)
     # Object 2 is nowhere, which is right.
-    assert metrics.score_frame(square, square, 2)[1].tolist() == [1.0, 1.0]
+    assert metrics.score_objects(square, square, (1, 2))[1].tolist() == [1.0, 1.0]
 
 
 def test_mask_that_fills_the_image_has_no_boundary():
@@ -108,8 +108,8 @@ def test_mask_that_fills_the_image_has_no_boundary():
     half[:, 15:] = 0
     assert_matches(full, full, 1)
     assert_matches(full, half, 1)
-    assert metrics.score_frame(full, half, 1)[1] == [0.0]
-    assert metrics.score_frame(full, np.zeros_like(full), 1)[1] == [1.0]
+    assert metrics.score_objects(full, half, (1,))[1] == [0.0]
+    assert metrics.score_objects(full, np.zeros_like(full), (1,))[1] == [1.0]
 
 
 @pytest.mark.parametrize("where", [(0, 0), (0, 29), (19, 0), (19, 29), (0, 7), (19, 7), (7, 29)])
@@ -129,12 +129,12 @@ def test_void_belongs_to_no_object():
     prediction[5:25, 5:20] = 1
     assert_matches(prediction, truth, 1)
     # Not masked out of the prediction: the void rows count against it.
-    assert metrics.score_frame(prediction, truth, 1)[0] == [15 / 20]
+    assert metrics.score_objects(prediction, truth, (1,))[0] == [15 / 20]
 
 
 def test_sizes_must_agree():
     with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
-        metrics.score_frame(np.zeros((4, 5), np.uint8), np.zeros((4, 6), np.uint8), 1)
+        metrics.score_objects(np.zeros((4, 5), np.uint8), np.zeros((4, 6), np.uint8), (1,))
 
 
 @pytest.mark.parametrize("length", [*range(1, 14), 100, 255, 256, 257, 258, 300, 513, 1031])

@@ -92,13 +92,13 @@ def test_seen_categories_of_the_training_set(late_object, write_youtube_vos):
 def test_tables(late_object, tmp_path):
     root, results, _ = late_object
     scores = score_youtube_vos(root, results, "held_out", seen_categories=["dog"])
-    paths = report.write_youtube_vos_tables(scores, tmp_path)
+    paths = report.write_tables(scores, tmp_path, "held_out")
     header, values = paths[0].read_text().splitlines()
     assert header == "Overall,J-Seen,J-Unseen,F-Seen,F-Unseen"
     assert values.split(",")[0] == f"{scores.overall:.3f}"
     assert paths[1].read_text().splitlines()[2].startswith("v,5,zebra,2,")
     screen = Console(file=io.StringIO(), width=100)
-    report.print_youtube_vos(scores, screen)
+    report.show(scores, "held_out", screen)
     assert "J-Unseen" in screen.file.getvalue() and "Assumed" in screen.file.getvalue()
 
 

@@ -645,7 +645,7 @@ def test_not_finite_is_known_even_where_nothing_is_logged(config, weights, tmp_p
     config.log_every_steps = config.checkpoint_every_steps = config.picture_every_steps = 0
     monkeypatch.setattr(loop, "CHECK_EVERY", 3)
     steps = []
-    monkeypatch.setattr(loop.Scores, "due", lambda self, step: steps.append(step))
+    monkeypatch.setattr(loop.Evaluations, "due", lambda self, step: steps.append(step))
     text = error_of(config, tmp_path / "out", monkeypatch)
     assert "step 1: not finite" in text
     assert max(steps) < 3 < STEPS

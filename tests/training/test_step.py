@@ -538,8 +538,6 @@ def test_plan_of_a_step(variables):
 
 def test_metrics(after_one_step, train_steps, variables):
     _, metrics, _ = after_one_step
-    assert metrics["clip_loss"].shape == (4,)
-    np.testing.assert_allclose(metrics["loss"], np.mean(metrics["clip_loss"]), rtol=1e-6)
     assert metrics["gradient_norm"] > 0.5  # so that it is clipped
     assert 0 < metrics["iou"] < 1
 
@@ -620,7 +618,7 @@ def test_a_bad_loss_halts_for_good(train_steps, variables, step_clips):
         jax.tree.map(np.testing.assert_array_equal, found, before)
 
     state, metrics, _ = step(state, bad)
-    np.testing.assert_array_equal(np.isfinite(metrics["clip_loss"]), [True, False, True, True])
+    assert np.isinf(metrics["loss"])
     assert_as_before(state)
     for _ in range(2):
         state, metrics, _ = step(state, good)
