@@ -35,7 +35,6 @@ from cfbi_jax.weights.checkpoint import Checkpoint, digest, load_checkpoint
 LOGGER = logging.getLogger(__name__)
 
 SYNTHETIC_SEEDS = tuple(range(8))
-MIN_SCORED_FRAMES = 3  # DAVIS leaves the first and the last out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
     check_videos(videos, options.max_objects)
-    _check_truth(videos)
+    _read_truth(videos)
     check_apart(videos, workdir)
     LOGGER.info(
         "%d videos, %d frames of %s%s",
@@ -94,9 +93,9 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
 
 
-def _check_truth(videos: list[EvaluationVideo]) -> None:
-    """Reads the true masks, of which `check_videos` sees the header and the end. Errors: those of
-    `read_mask`."""
+def _read_truth(videos: list[EvaluationVideo]) -> None:
+    """Reads the true masks, of which `check_videos` sees the header and the end, to find damaged
+    ones early. Errors: those of `read_mask`."""
     paths = [path for video in videos for path in video.truth.values()]
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(partial(read_mask, refuse_shades=False), paths):
@@ -206,7 +205,7 @@ def score(
             LOGGER.warning("%s: not scored", error)
             return None
     else:
-        short = [video.name for video in videos if len(video.frames) < MIN_SCORED_FRAMES]
+        short = [video.name for video in videos if len(video.frames) < davis_scores.MIN_FRAMES]
         if short:
             LOGGER.warning("first and last frames are not scored: %s left out", ", ".join(short))
             names = [name for name in names if name not in short]
@@ -222,9 +221,7 @@ def score(
     return scores
 
 
-def summary(
-    scores: report.Scores | None,
-) -> dict[str, float]:
+def summary(scores: report.Scores | None) -> dict[str, float]:
     """The means as one line says them; nothing where there is no truth."""
     if scores is None:
         return {}

@@ -9,6 +9,7 @@ code when it is loaded is refused.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.output.exists():
+    if os.path.lexists(arguments.output):
         raise FileExistsError(f"{arguments.output} exists; choose another --output")
     if arguments.export:
         checkpoint = load_checkpoint(arguments.input)

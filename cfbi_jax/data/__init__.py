@@ -1,1 +1,1 @@
-"""Videos on disk: image files, data-set folders and synthetic videos. Nothing here imports JAX."""
+"""Videos on disk, videos that are drawn, and the clips to train on. Nothing here imports JAX."""

@@ -18,6 +18,8 @@ from cfbi_jax.evaluation import metrics, predictions
 
 LOGGER = logging.getLogger(__name__)
 
+MIN_FRAMES = 3  # of which the first and the last are not scored
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -85,10 +87,10 @@ def _frame_pairs(video: EvaluationVideo, results: Path) -> list[predictions.Fram
             f"{video.given[0].parent}: only the first mask is there; a split whose truth is not "
             "public, such as test-dev, can only be scored by its server"
         )
-    if len(video.frames) < 3:
+    if len(video.frames) < MIN_FRAMES:
         raise ValueError(
-            f"{video.frames[0].parent}: has {len(video.frames)} frames, expected at least 3, since "
-            "the first and the last are not scored"
+            f"{video.frames[0].parent}: has {len(video.frames)} frames, expected at least "
+            f"{MIN_FRAMES}, since the first and the last are not scored"
         )
     first_mask = read_label(video, video.truth[0])
     if not first_mask.any():

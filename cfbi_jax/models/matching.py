@@ -177,6 +177,9 @@ def _nearest_forward(query, reference, label, num_rows):
 def _nearest_backward(num_rows, residuals, gradient):
     """d|p - q|^2 = 2 (p - q) d(p - q), one row after the other to bound the memory."""
     query, reference, label, index = residuals
+    # Thousands of query pixels may add to one reference pixel: half precision would stop growing.
+    dtype = query.dtype
+    query, reference, gradient = (x.astype(jnp.float32) for x in (query, reference, gradient))
     weight = 2 * jnp.where(index < 0, 0, gradient)
 
     def one_row(carry, row):
@@ -187,7 +190,7 @@ def _nearest_backward(num_rows, residuals, gradient):
 
     start = (jnp.zeros_like(query), jnp.zeros_like(reference))
     gradients, _ = jax.lax.scan(one_row, start, (index.T, weight.T))
-    return *gradients, np.zeros(label.shape, jax.dtypes.float0)
+    return *(x.astype(dtype) for x in gradients), np.zeros(label.shape, jax.dtypes.float0)
 
 
 nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)

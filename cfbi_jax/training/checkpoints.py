@@ -28,7 +28,7 @@ from cfbi_jax.inference.options import BOUNDS
 from cfbi_jax.models.cfbi import CFBI, model_config
 from cfbi_jax.models.images import ImageFormat
 from cfbi_jax.training.step import TrainState
-from cfbi_jax.weights.checkpoint import save_checkpoint
+from cfbi_jax.weights.checkpoint import first_line, save_checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Checkpoints:
         left = "no checkpoint is whole" if whole is None else f"the one of step {whole} is whole"
         free = shutil.disk_usage(self.folder).free >> 20
         return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({_first_line(error)}; {free} MiB "
+            f"{self.folder}: a checkpoint could not be written ({first_line(error)}; {free} MiB "
             f"free); {left}"
         )
 
@@ -176,7 +176,7 @@ class Checkpoints:
                 self._set_aside(bad, error, step)
             return restored
         if steps:
-            reason = _first_line(damaged[steps[0]])
+            reason = first_line(damaged[steps[0]])
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints {steps} can be read ({reason})"
             )
@@ -186,7 +186,7 @@ class Checkpoints:
         target = self.folder.parent / "damaged" / str(step)
         LOGGER.warning(
             "checkpoint %d is damaged (%s): moved to %s; using that of step %d",
-            *(step, _first_line(error), target, used),
+            *(step, first_line(error), target, used),
         )
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
@@ -209,30 +209,26 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _items(state: TrainState) -> tuple[dict, dict]:
     """What is stored of a state: (variables, training)."""
     training = {
         "step": state.step,
         "key": jax.random.key_data(state.key),
-        "optimizer": dict(enumerate_leaves(state.optimizer)),
+        "optimizer": dict(_named_leaves(state.optimizer)),
     }
     if state.ema is not None:
         training["params"] = state.params
     return state.evaluated, training
 
 
-def enumerate_leaves(tree: Any) -> list[tuple[str, Any]]:
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Leaves with names that say where they are, as optimiser states nest tuples of all kinds."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
 def _state(variables: Mapping, training: Mapping, like: TrainState) -> TrainState:
-    leaves = [training["optimizer"][name] for name, _ in enumerate_leaves(like.optimizer)]
+    leaves = [training["optimizer"][name] for name, _ in _named_leaves(like.optimizer)]
     averaged = like.ema is not None
     return TrainState(
         step=training["step"],
@@ -254,11 +250,8 @@ def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFo
     shutil.rmtree(new, ignore_errors=True)
     try:
         save_checkpoint(new, model, variables, image_format)
-    except Exception as error:  # Orbax and TensorStore raise all kinds
-        free = shutil.disk_usage(workdir).free >> 20
-        raise CheckpointError(
-            f"{best}: could not be written ({_first_line(error)}; {free} MiB free)"
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{error}; {best} is as it was") from error
     if best.exists():
         shutil.rmtree(old, ignore_errors=True)
         best.rename(old)

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from cfbi_jax.training.diagnosis import NotFinite, explain
 from cfbi_jax.training.feeding import on_devices
 from cfbi_jax.training.preparation import Refused, Training, hold
 from cfbi_jax.training.processes import end_at_sigterm, from_primary
-from cfbi_jax.training.reports import Evaluations, Reports, every, peak_memory
+from cfbi_jax.training.reports import Evaluations, Pace, Reports, every, peak_memory
 from cfbi_jax.training.step import TrainState, create_state, make_train_step, replicate
 from cfbi_jax.weights.checkpoint import load_checkpoint
 
@@ -44,8 +43,6 @@ LOGGER = logging.getLogger(__name__)
 PROFILED_STEPS = 3
 # Steps after which a training that is no number any more ends, even where nothing is logged.
 CHECK_EVERY = 100
-# Share of the time in waiting for data from which on a warning comes, once.
-STARVING = 0.5
 LESS_MEMORY = (
     "less memory: config.remat=segment or all, config.accumulate (a device's clips in parts, one "
     "after the other), config.model.compute_dtype=bfloat16, a smaller config.batch_size, "
@@ -142,9 +139,12 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     def stopped(step: int) -> Stopped:
         return Stopped(f"step {step} of {last_step} is saved; repeat the command")
 
-    def stop(state: TrainState, step: int) -> None:
+    def save(state: TrainState) -> None:
         _check_finite(training, state)
         store.save(state)
+
+    def stop(state: TrainState, step: int) -> None:
+        save(state)
         store.wait()
         raise stopping.by_signal(stopped(step))
 
@@ -152,7 +152,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if evaluations.due(first_step):  # the run was stopped during this evaluation
         with stopping.at_once(stopped(first_step)):
             evaluations.evaluate(state, first_step)
-    waited, steps, since, told = 0.0, 0, time.perf_counter(), False
+    pace = Pace(config)
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
         try:
@@ -163,50 +163,36 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             # The data can be mended, and the run goes on from here. Other processes have their part
             # of the batch: they wait in the step, and do not come to a save.
             if step > 1 and jax.process_count() == 1:
-                _check_finite(training, state)
-                store.save(state)
+                save(state)
                 store.wait()
             raise
-        waited += time.perf_counter() - asked
-        steps += 1
+        pace.step(waited=time.perf_counter() - asked)
         profile(step, state)
         state, metrics, prediction = train_step(state, batch)
         progress(step)
         if step == first_step + 1:
             jax.block_until_ready(metrics)
-            LOGGER.info("first step, with compilation: %.0f s", time.perf_counter() - since)
-            waited, steps, since = 0.0, 0, time.perf_counter()
+            LOGGER.info("first step, with compilation: %.0f s", pace.seconds)
+            pace.restart()
 
         if every(step, config.log_every_steps) or step == last_step:
             logged = jax.device_get(metrics)
             _check_finite(training, state)
             if reports:
                 logged |= {"learning_rate": rate(step - 1), "rows": batch.packing.row.size}
-                if steps:  # the first step compiles
-                    seconds = (time.perf_counter() - since) / steps
-                    logged |= {"clips_per_second": config.batch_size / seconds}
-                    logged |= {"data_wait": waited / steps}
-                    if waited > STARVING * seconds * steps and not told:
-                        told = True
-                        LOGGER.warning(
-                            "%.0f %% of the time goes into waiting for clips; more config.workers "
-                            "than %d help where there are cores for them (here %d)",
-                            *(100 * waited / (seconds * steps), config.workers, os.cpu_count()),
-                        )
-                reports.log(step, logged | peak_memory())
-            waited, steps, since = 0.0, 0, time.perf_counter()
+                reports.log(step, logged | pace.metrics() | peak_memory())
+            pace.restart()
         elif every(step, CHECK_EVERY):
             _check_finite(training, state)
         if reports and every(step, config.picture_every_steps):
             reports.picture(step, clip_batch, prediction)
         if every(step, config.checkpoint_every_steps) or step == last_step or evaluations.due(step):
-            _check_finite(training, state)
-            store.save(state)
+            save(state)
         if evaluations.due(step):
             store.wait()  # an evaluation takes long: what comes before it is safe
             with stopping.at_once(stopped(step)):
                 evaluations.evaluate(state, step)
-            waited, steps, since = 0.0, 0, time.perf_counter()
+            pace.restart()
         if stopping(step):
             stop(state, step)
     store.wait()

@@ -69,25 +69,8 @@ class Training:
 
 def prepare(config: ConfigDict, workdir: Path) -> Training:
     """Reads and checks all inputs. Raises ValueError or OSError, with what to do, for bad ones."""
-    _check_numbers(config)
-    for field in ("checkpoint", "untrained"):
-        if config[field]:
-            raise ValueError(
-                f"config.{field} is {config[field]!r}, which is for config.mode=eval, and "
-                f"config.mode is {config.mode!r}; config.init_from is what a training starts from"
-            )
     begun = checkpoints.stored_config(workdir)
-    if config.freeze_backbone and not config.init_from and not begun:
-        raise ValueError(
-            "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
-            "random; expected weights of a backbone, or freeze_backbone=False"
-        )
-    for field in ("compute_dtype", "matching_dtype"):
-        if config.model.get(field) == "float16":
-            raise ValueError(
-                f"config.model.{field} is float16, in which gradients vanish where the loss is not "
-                "scaled, and it is not; expected bfloat16 or float32"
-            )
+    _check_config(config, bool(begun))
     check_writable_by_orbax(workdir)
     check_writable(workdir)
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -137,15 +120,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
         clips.epoch_length,
         -(-config.batch_size * config.num_train_steps // clips.epoch_length),
     )
-    if begun:  # the weights come from the run's own checkpoint
-        if begun["run"]["init_from"] != config.init_from:
-            LOGGER.warning(
-                "%s: the run there goes on with its own weights; it began with config.init_from %r",
-                *(workdir, begun["run"]["init_from"]),
-            )
-        start = initial_checkpoint(model, "", config.seed)
-        image_format = stored_image_format(begun["image_format"])
-        start = dataclasses.replace(start, image_format=image_format)
+    if begun:
+        start = _going_on(config, model, begun, workdir)
     else:
         start = first_weights(config, model, clips)
     evaluation = None
@@ -175,6 +151,17 @@ def training_clips(config: ConfigDict, options: ClipOptions) -> Clips:
     return Clips(sources, options, config.seed)
 
 
+def _going_on(config: ConfigDict, model: CFBI, begun: dict[str, Any], workdir: Path) -> Checkpoint:
+    """What a run that goes on starts from until its own checkpoint replaces the weights."""
+    if begun["run"]["init_from"] != config.init_from:
+        LOGGER.warning(
+            "%s: the run there goes on with its own weights; it began with config.init_from %r",
+            *(workdir, begun["run"]["init_from"]),
+        )
+    start = initial_checkpoint(model, "", config.seed)
+    return dataclasses.replace(start, image_format=stored_image_format(begun["image_format"]))
+
+
 def first_weights(config: ConfigDict, model: CFBI, clips: Clips) -> Checkpoint:
     """What a training starts from: `config.init_from`, the rest random and calibrated."""
     start = initial_checkpoint(model, config.init_from, config.seed)
@@ -192,7 +179,24 @@ def _pairs_of_frames(clips: Clips) -> UInt8[np.ndarray, "n 2 crop crop 3"]:
     return np.stack([clips[index].frames[:2] for index in range(CALIBRATION_CLIPS)])
 
 
-def _check_numbers(config: ConfigDict) -> None:
+def _check_config(config: ConfigDict, begun: bool) -> None:
+    for field in ("checkpoint", "untrained"):
+        if config[field]:
+            raise ValueError(
+                f"config.{field} is {config[field]!r}, which is for config.mode=eval, and "
+                f"config.mode is {config.mode!r}; config.init_from is what a training starts from"
+            )
+    if config.freeze_backbone and not config.init_from and not begun:
+        raise ValueError(
+            "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
+            "random; expected weights of a backbone, or freeze_backbone=False"
+        )
+    for field in ("compute_dtype", "matching_dtype"):
+        if config.model.get(field) == "float16":
+            raise ValueError(
+                f"config.model.{field} is float16, in which gradients vanish where the loss is not "
+                "scaled, and it is not; expected bfloat16 or float32"
+            )
     for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
         if config[name] < 1:
             raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")

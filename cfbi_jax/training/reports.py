@@ -1,7 +1,9 @@
 """What a run tells: metrics, pictures, and evaluations on the way with the best weights."""
 
 import logging
+import os
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from cfbi_jax.weights.checkpoint import Checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
+# Share of the time in waiting for data from which on a warning comes, once.
+STARVING = 0.5
 NO_TRUTH = -1.0  # J&F where no truth is public: the newest weights count as the best
 
 
@@ -32,6 +36,45 @@ def peak_memory() -> dict[str, float]:
     if "peak_bytes_in_use" in stats:
         found["device_memory_mib"] = stats["peak_bytes_in_use"] / 2**20
     return found
+
+
+class Pace:
+    """How fast the steps since the last `restart` were; warns once if most of it was waiting."""
+
+    def __init__(self, config: ConfigDict):
+        self._clips, self._workers = config.batch_size, config.workers
+        self._told = False
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+        self._steps, self._waited = 0, 0.0
+
+    def step(self, waited: float) -> None:
+        """Counts a step for whose clips the host waited so many seconds."""
+        self._steps += 1
+        self._waited += waited
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since
+
+    def metrics(self) -> dict[str, float]:
+        """Clips per second, and seconds per step of waiting; nothing where there was no step."""
+        if not self._steps:
+            return {}
+        seconds = self.seconds
+        if self._waited > STARVING * seconds and not self._told:
+            self._told = True
+            LOGGER.warning(
+                "%.0f %% of the time goes into waiting for clips; more config.workers than %d help "
+                "where there are cores for them (here %d)",
+                *(100 * self._waited / seconds, self._workers, os.cpu_count()),
+            )
+        return {
+            "clips_per_second": self._clips * self._steps / seconds,
+            "data_wait": self._waited / self._steps,
+        }
 
 
 class Reports:

@@ -16,7 +16,8 @@ part gets, before the first step, what training cannot give it (as in Krähenbü
 
 import dataclasses
 import logging
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 
 import flax.linen as nn
 import jax
@@ -51,7 +52,7 @@ def calibrated(start: Checkpoint, pairs: UInt8[np.ndarray, "n 2 height width 3"]
     statistics, nearest = jax.jit(partial(_measure, start.model, unset))(start.variables, images)
     variables = jax.tree.map(lambda x: x, start.variables)  # new dictionaries, the same arrays
     for path, (mean, variance) in statistics.items():
-        norm = _at(variables["frozen"], path)
+        norm = reduce(getitem, path, variables["frozen"])
         norm["mean"], norm["var"] = mean, variance
     embedding = variables["params"]["pixel_embedding"]["norm2"]
     scale = jnp.where(nearest > 0, jnp.sqrt(NEAREST / nearest), 1)
@@ -79,10 +80,11 @@ def _measure(
         if not isinstance(module, FrozenBatchNorm) or module.path not in unset:
             return call(*arguments, **keywords)
         (x,) = arguments
+        dtype, x = x.dtype, x.astype(jnp.float32)  # as all weights are, whatever computes
         mean, variance = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
         variance = jnp.maximum(variance, LEAST_VARIANCE * jnp.mean(variance))
         statistics[module.path] = mean, variance
-        return (x - mean) / jnp.sqrt(variance + NORM_EPSILON)
+        return ((x - mean) / jnp.sqrt(variance + NORM_EPSILON)).astype(dtype)
 
     with nn.intercept_methods(normalise):
         embedding, _ = model.apply(variables, images, method=CFBI.embed)
@@ -102,9 +104,3 @@ def _identities(frozen: dict, path: Path = ()) -> frozenset[Path]:
         fresh &= all(np.all(frozen[name] == 0) for name in ("mean", "bias"))
         return frozenset([path] if fresh else [])
     return frozenset().union(*(_identities(frozen[key], (*path, key)) for key in frozen))
-
-
-def _at(tree: dict, path: Path) -> dict:
-    for key in path:
-        tree = tree[key]
-    return tree

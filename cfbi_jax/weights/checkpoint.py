@@ -8,6 +8,8 @@ import dataclasses
 import gc
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,16 +35,20 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder; Orbax renames it into place when it is complete.
 
-    Raises FileExistsError where `path` exists, and ValueError where `variables` do not fit `model`
-    and for a path that Orbax cannot write to.
+    Raises FileExistsError where `path` exists, OSError where it cannot be written (a full disk,
+    say), and ValueError where `variables` do not fit `model` and for a path that Orbax cannot write
+    to.
     """
     import orbax.checkpoint as ocp  # takes a second to import
 
     path = Path(path).absolute()
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; a checkpoint is never overwritten")
     check_writable_by_orbax(path)
     check_shapes(variables, model, path)
+    needed = sum(x.nbytes for x in jax.tree.leaves(variables))
+    if free_bytes(path) < needed:
+        raise not_written(path, f"it has {needed >> 20} MiB")
     config = {"model": model_config(model), "image_format": dataclasses.asdict(image_format)}
     options = _options()
     handlers = ocp.CompositeCheckpointHandler(
@@ -50,11 +56,31 @@ def save_checkpoint(
         variables=ocp.StandardCheckpointHandler(**options),
         config=ocp.JsonCheckpointHandler(**options),
     )
-    with ocp.Checkpointer(handlers, **options) as checkpointer:
-        items = ocp.args.Composite(
-            variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
-        )
-        checkpointer.save(path, args=items)
+    items = ocp.args.Composite(
+        variables=ocp.args.StandardSave(dict(variables)), config=ocp.args.JsonSave(config)
+    )
+    try:
+        with ocp.Checkpointer(handlers, **options) as checkpointer:
+            checkpointer.save(path, args=items)
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        # Orbax' name; a killed process leaves it, and the next one begins by removing it.
+        shutil.rmtree(path.with_name(f"{path.name}.orbax-checkpoint-tmp"), ignore_errors=True)
+        raise not_written(path, first_line(error)) from error
+
+
+def not_written(path: Path, why: str) -> OSError:
+    """The error to raise for a file or folder that could not be written."""
+    return OSError(f"{path}: could not be written ({why}; {free_bytes(path) >> 20} MiB free)")
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk of a path, of which only the first folders need be there."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def check_writable_by_orbax(path: Path) -> None:
@@ -144,8 +170,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: damaged checkpoint: {first_line}") from error
+        raise ValueError(f"{path}: damaged checkpoint: {first_line(error)}") from error
 
 
 @contextmanager

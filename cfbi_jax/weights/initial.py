@@ -37,8 +37,13 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
     path = Path(init_from)
     if path.is_dir():
         checkpoint = load_checkpoint(path)
-        check_shapes(checkpoint.variables, model, path)
-        _tell_differences(checkpoint.model, model, path)
+        different = _differences(checkpoint.model, model)
+        try:
+            check_shapes(checkpoint.variables, model, path)
+        except ValueError as error:
+            raise ValueError(f"{path}: weights of another network: {different}") from error
+        if different:
+            LOGGER.warning("%s was trained with other settings: %s", path, different)
         return Checkpoint(model, checkpoint.variables, checkpoint.image_format)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder to start from (config.init_from)")
@@ -66,12 +71,10 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
     return Checkpoint(model, _merged(variables, part), image_format)
 
 
-def _tell_differences(stored: CFBI, model: CFBI, path: Path) -> None:
-    """Says which fields, which no array's shape shows, are other ones than the weights had."""
+def _differences(stored: CFBI, model: CFBI) -> str:
     before, now = model_config(stored), model_config(model)
-    different = [f"{k} = {now[k]} (there {before[k]})" for k in now if now[k] != before[k]]
-    if different:
-        LOGGER.warning("%s was trained with other settings; now %s", path, ", ".join(different))
+    different = (k for k in now if now[k] != before[k])
+    return ", ".join(f"{k} is {before[k]} there, config.model.{k} {now[k]}" for k in different)
 
 
 def _merged(tree: dict, part: dict) -> dict:

@@ -5,6 +5,8 @@ All functions work on plain dicts of NumPy arrays; `pth.py` reads and writes the
 
 import re
 from collections.abc import Mapping
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 
@@ -83,7 +85,7 @@ def export_state_dict(model: CFBI, variables: Mapping) -> dict[str, np.ndarray]:
         raise ValueError(f"the official code cannot load this model: it differs in {different}")
     state = {}
     for entry in entries(model):
-        array = np.asarray(_get(variables, entry.path))
+        array = np.asarray(reduce(getitem, entry.path, variables))
         array = np.ascontiguousarray(to_official(entry.path[-1], array))
         for key in (entry.key, *entry.aliases):
             state[key] = array
@@ -153,9 +155,3 @@ def _fill(table: list[Entry], state: StateDict, aliases_required: bool) -> dict:
         array = from_official(entry.path[-1], np.asarray(state[entry.key]))
         node[entry.path[-1]] = np.array(array, order="C")  # ascontiguousarray would make 0-d 1-d
     return variables
-
-
-def _get(tree: Mapping, path: tuple[str, ...]):
-    for part in path:
-        tree = tree[part]
-    return tree

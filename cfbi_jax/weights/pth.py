@@ -1,12 +1,25 @@
 """PyTorch's `.pth` files. The only module that imports torch (extra `convert`)."""
 
+import argparse
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from cfbi_jax.data.image_files import replacing
+from cfbi_jax.weights.checkpoint import first_line, not_written
+
+_SCALAR = np.float64(0).__reduce__()[0]
+# What trainers put beside the weights: the best score, as a number of NumPy, and the arguments.
+_HARMLESS = [
+    argparse.Namespace,
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
+]
 
 
 def _torch():
@@ -23,19 +36,22 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     """The state dict of a `.pth` as NumPy arrays, whatever lies around it.
 
     Reads the zip container and the one before PyTorch 1.6, CUDA storages, `{'state_dict': ...}`
-    with an optimiser beside it, or the bare state dict. Only tensors and plain containers are
-    unpickled: a file that would run code raises ValueError.
+    with an optimiser, a score or a command line's arguments beside it, or the bare state dict. Half
+    precision becomes float32. Only tensors, numbers and plain containers are unpickled: a file that
+    would run code raises ValueError.
     """
     torch = _torch()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such weight file: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {found[1]}, which could run code on loading" if found else "is no .pth file"
         raise ValueError(
-            f"{path} was refused: it holds more than tensors and would run code on loading, or is "
-            f"no .pth file. {str(error).splitlines()[0]}"
+            f"{path} was refused: it {what}; expected tensors, numbers and plain containers"
         ) from error
     except Exception as error:  # torch's unpickler fails in many ways on bytes that are no pickle
         raise ValueError(f"{path} is damaged or no .pth file: {error}") from error
@@ -48,10 +64,11 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong:
         raise ValueError(f"{path}: these entries of the state dict are no tensors: {wrong[:5]}")
-    half = [key for key, value in state.items() if value.dtype == torch.bfloat16]
-    if half:
-        raise ValueError(f"{path}: bfloat16 tensors, expected float32: {half[:5]}")
-    return {key: value.detach().numpy() for key, value in state.items()}
+    half = (torch.float16, torch.bfloat16)
+    return {
+        key: (value.float() if value.dtype in half else value).detach().numpy()
+        for key, value in state.items()
+    }
 
 
 def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
@@ -59,4 +76,7 @@ def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     torch = _torch()
     tensors = {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
-        torch.save({"state_dict": tensors}, file)
+        try:
+            torch.save({"state_dict": tensors}, file)
+        except RuntimeError as error:  # torch's own, for a full disk
+            raise not_written(Path(path), first_line(error)) from error

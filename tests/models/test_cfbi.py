@@ -1,7 +1,9 @@
 """The network as a whole, small: padding, batches, references, and the paper's switches."""
 
+import math
 from functools import cache
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from cfbi_jax.models.cfbi import (
     model_config,
     parameter_shapes,
 )
+from cfbi_jax.models.ensembler import FeelvosHead
 
 SIZE = (9, 13)  # of the embedding
 
@@ -176,6 +179,107 @@ def test_every_switch_runs_and_ignores_padding(switch):
     assert np.isfinite(expected).all()
     found = segment(model, variables, inputs, 5)
     assert_same(found[:, :3], expected)
+
+
+def intermediates(model, variables, inputs, num_rows):
+    """What `segment` notes, and what the prehead and the head get."""
+
+    def found(variables, inputs):
+        got = {}
+
+        def note(call, arguments, keywords, context):
+            if context.module.name in ("matching_feature", "ensembler"):
+                got[context.module.name] = arguments[0]
+            return call(*arguments, **keywords)
+
+        with nn.intercept_methods(note):
+            _, sown = model.apply(
+                variables, **inputs, num_rows=num_rows, method=CFBI.segment, mutable="intermediates"
+            )
+        return got | {name: value for name, (value,) in sown["intermediates"].items()}
+
+    return jax.jit(found)(variables, inputs)
+
+
+def test_what_the_switches_of_table_4_leave_out(network):
+    """The full network's inputs, which golden numbers know, without those of the background."""
+    inputs = random_inputs(1, 2, 2)
+    full = intermediates(*network, inputs, 3)
+    width, windows = SMALL["embedding_dim"], len(SMALL["windows"])
+
+    # Reference object and previous object, without the rest of both.
+    means = np.split(full["instance_vector"], 4, axis=-1)
+    model = CFBI(**SMALL, instance_background=False)
+    found = intermediates(model, random_variables(model, seed=0), inputs, 3)
+    assert_same(found["instance_vector"], np.concatenate([means[0], means[2]], axis=-1))
+    assert np.abs(means[0] - means[1]).max() > 0.01
+
+    # Global map, local maps, previous mask; current embedding and that of the previous object.
+    model = CFBI(**SMALL, pixel_background=False)
+    variables = random_variables(model, seed=0)
+    for name in ("background_bias", "foreground_bias"):
+        variables["params"][name] = network[1]["params"][name]
+    found = intermediates(model, variables, inputs, 3)
+    assert found["matching_feature"].shape[-1] == windows + 2
+    assert_same(found["matching_feature"], full["matching_feature"][..., : windows + 2])
+    assert_same(found["ensembler"][..., : 2 * width], full["ensembler"][..., : 2 * width])
+    feature = found["ensembler"].shape[-1] - 2 * width
+    assert feature == full["ensembler"].shape[-1] - 3 * width == SMALL["matching_dim"]
+
+
+def test_without_distance_bias_both_are_zero(network):
+    _, variables = network
+    model = CFBI(**SMALL, distance_bias=False)
+    params = dict(variables["params"])
+    zero = {name: jnp.float32(0) for name in ("background_bias", "foreground_bias")}
+    inputs = random_inputs(1, 1, 2)
+    expected = segment(CFBI(**SMALL), {**variables, "params": params | zero}, inputs, 3)
+    for name in zero:
+        assert params.pop(name) != 0
+    assert_same(segment(model, {**variables, "params": params}, inputs, 3), expected)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_feelvos_head(attention):
+    """Against its layers written out: gate, 7 x 7 for each channel, norm, 1 x 1, norm."""
+    features, channels = 32, 48
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *SIZE, channels)).astype(np.float32)
+    vector = rng.standard_normal((2, 8)).astype(np.float32) if attention else None
+    low_level = jnp.zeros((2, *SIZE, 4))
+    head = FeelvosHead(features)
+    shapes = jax.eval_shape(head.init, jax.random.key(0), x, low_level, vector)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes["params"]
+    )
+
+    def norm(y, of):  # in 16 or 32 groups, all that divides these widths
+        n, h, w, c = y.shape
+        groups = y.reshape(n, h * w, math.gcd(32, c), -1)
+        mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+        y = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(y.shape)
+        return np.maximum(y * of["scale"] + of["bias"], 0)
+
+    y = x.astype(np.float64)
+    for i in range(1, 5):
+        if attention:
+            linear = params[f"gate{i}"]["linear"]
+            y = y * (1 + np.tanh(vector @ linear["kernel"] + linear["bias"]))[:, None, None]
+        padded = np.pad(y, ((0, 0), (3, 3), (3, 3), (0, 0)))
+        patches = np.lib.stride_tricks.sliding_window_view(padded, (7, 7), (1, 2))
+        depthwise, pointwise = params[f"depthwise{i}"], params[f"pointwise{i}"]
+        y = np.einsum("nhwcij,ijc->nhwc", patches, depthwise["kernel"][:, :, 0])
+        y = norm(y + depthwise["bias"], params[f"depthwise_norm{i}"])
+        y = norm(y @ pointwise["kernel"][0, 0] + pointwise["bias"], params[f"pointwise_norm{i}"])
+    found = jax.jit(head.apply)({"params": params}, x, low_level, vector)
+    for name, logit in zip(("foreground", "background"), found, strict=True):
+        linear = params["logits"][name]["linear"]
+        if attention:
+            kernel = vector @ linear["kernel"] + linear["bias"]
+            expected = np.einsum("nhwc,nc->nhw", y, kernel[:, :-1]) + kernel[:, -1, None, None]
+        else:
+            expected = (y @ linear["kernel"] + linear["bias"])[..., 0]
+        assert_same(logit, expected)
 
 
 def test_without_attention_gates_are_one_and_logits_their_own():

@@ -389,3 +389,18 @@ def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch,
     np.testing.assert_array_equal(
         query_gradient, [[-40, -10], [2 * 100 * 4 + 2 * 1000 * 2, -2 * 100 * 5]]
     )
+
+
+def test_half_precision_adds_up_many_gradients():
+    """All of 4,000 query pixels pull at one reference pixel; each adds about 1 to the sum."""
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.uniform(0, 1, (4000, 4)), jnp.bfloat16)
+    reference, label = jnp.ones((1, 4), jnp.bfloat16), jnp.zeros(1, jnp.uint8)
+
+    def total(reference):
+        nearest = matching.nearest_squared_distance(query, reference, label, 1)
+        return jnp.sum(nearest.astype(jnp.float32))
+
+    found = np.asarray(jax.grad(total)(reference), np.float64)
+    expected = 2 * (1 - np.asarray(query, np.float64)).sum(axis=0, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1 / 256)  # rounded once

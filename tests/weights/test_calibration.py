@@ -1,5 +1,6 @@
 """Scales of the random layers: what the calibrated network computes, by NumPy."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -114,3 +115,18 @@ def test_still_videos_leave_the_embedding_as_it_is(start, pairs):
 def test_a_whole_network_stays(pairs):
     whole = Checkpoint(MODEL, random_variables(MODEL, seed=2), IMAGENET_FORMAT)
     assert calibrated(whole, pairs) is whole
+
+
+def test_half_precision_has_float32_constants(start, found, pairs):
+    """As a run that goes on has them, and close to those of single precision."""
+    model = MODEL.clone(compute_dtype=jnp.bfloat16)
+    half = calibrated(dataclasses.replace(start, model=model), pairs)
+    assert {x.dtype for x in jax.tree.leaves(half.variables)} == {np.dtype(np.float32)}
+    exact = norms(found.variables["frozen"])
+    for path, norm in norms(half.variables["frozen"]).items():
+        for name in ("mean", "var"):
+            scale = np.abs(exact[path][name]).max()
+            assert np.abs(norm[name] - exact[path][name]).max() < 0.1 * scale
+            if np.any(norm[name] != exact[path][name]):  # not of bfloat16's few values
+                rounded = norm[name].astype(jnp.bfloat16).astype(np.float32)
+                assert np.any(rounded != norm[name])

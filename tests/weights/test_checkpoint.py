@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -43,6 +46,27 @@ def test_never_overwrites(tmp_path, network):
     (tmp_path / "ckpt").mkdir()
     with pytest.raises(FileExistsError, match="ckpt"):
         cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax' threads
+def test_a_full_disk(tmp_path, network, monkeypatch):
+    """A limit on the size of files does what a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"ckpt: could not be written \(.* MiB free\)"):
+            cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+    needed = sum(x.nbytes for x in jax.tree.leaves(network[1]))
+    usage = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"ckpt: could not be written \(it has \d+ MiB; \d+ MiB free"):
+        cfbi_jax.save_checkpoint(tmp_path / "new" / "ckpt", *network, OFFICIAL_FORMAT)
+    usage.free += 1
+    cfbi_jax.save_checkpoint(tmp_path / "new" / "ckpt", *network, OFFICIAL_FORMAT)
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, network):

@@ -1,0 +1,24 @@
+from ml_collections import ConfigDict
+
+from cfbi_jax.training import reports
+
+
+def test_pace(monkeypatch, caplog):
+    """Clips per second and waiting since the last restart; one warning, about more than half."""
+    now = 100.0
+    monkeypatch.setattr(reports.time, "perf_counter", lambda: now)
+    pace = reports.Pace(ConfigDict({"batch_size": 6, "workers": 3}))
+    assert pace.metrics() == {}
+    for waited in (0.5, 2.5):  # of 8 seconds
+        pace.step(waited)
+    now += 8
+    assert pace.metrics() == {"clips_per_second": 6 * 2 / 8, "data_wait": 1.5}
+    assert not caplog.messages
+    pace.restart()
+    assert pace.metrics() == {}
+    for _ in range(2):
+        pace.step(3.0)
+        now += 4
+        assert pace.metrics()["data_wait"] == 3.0
+    (warning,) = caplog.messages
+    assert "75 % of the time" in warning and "config.workers than 3" in warning
