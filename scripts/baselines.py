@@ -20,7 +20,6 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis
 from cfbi_jax.data.clips import ClipOptions
-from cfbi_jax.data.image_files import ids_in, read_frame
+from cfbi_jax.data.image_files import ids_in, path_of, read_frame
 from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, read_given, split_names
 from cfbi_jax.evaluation import report
@@ -190,16 +189,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", required=True, choices=("first-mask", "nearest"))
-    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
-    parser.add_argument("--output", required=True, type=Path, help="folder of masks and tables")
+    parser.add_argument("--root", required=True, type=path_of, help="folder of the data set")
+    parser.add_argument("--output", required=True, type=path_of, help="folder of masks and tables")
     parser.add_argument("--year", type=int, default=2017, choices=(2016, 2017))
     parser.add_argument("--split", default="val")
     parser.add_argument("--resolution", default="480p", help="folder under JPEGImages")
     parser.add_argument("--sequences", type=split_names, help="only these: blackswan,dog")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, help="nearest: a trained network's embedding")
-    source.add_argument("--config", type=Path, help="nearest: an untrained network's embedding")
-    source.add_argument("--backbone", type=Path, help="nearest: a MobileNetV2 (.npz or .pth)")
+    source.add_argument("--checkpoint", type=path_of, help="nearest: a trained network's embedding")
+    source.add_argument("--config", type=path_of, help="nearest: an untrained network's embedding")
+    source.add_argument("--backbone", type=path_of, help="nearest: a MobileNetV2 (.npz or .pth)")
     parser.add_argument("--seed", type=int, help="--config: of the untrained network; default: 0")
     parser.add_argument(
         "--calibrated", action="store_true", help="--config: with scales from a few frames"

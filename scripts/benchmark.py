@@ -53,6 +53,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.networks import MODELS  # noqa: E402
 
 from cfbi_jax.compilation import use_compilation_cache  # noqa: E402
+from cfbi_jax.data.image_files import path_of
 from cfbi_jax.inference.options import DTYPES  # noqa: E402
 from cfbi_jax.training.step import REMAT  # noqa: E402
 
@@ -90,7 +91,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--objects", type=int, default=1)
     common.add_argument("--runs", type=int, default=5, help="timed runs, after one to warm up")
-    common.add_argument("--json", type=Path, help="file that gets everything measured")
+    common.add_argument("--json", type=path_of, help="file that gets everything measured")
     sized = argparse.ArgumentParser(add_help=False)
     sized.add_argument("--size", default="480x854", help="of the video, HEIGHTxWIDTH")
     network = argparse.ArgumentParser(add_help=False)
@@ -143,7 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands.add_parser("startup", parents=[common, sized, network])
 
     command = commands.add_parser("all", parents=[common])
-    command.add_argument("--output", type=Path, required=True, help="folder of tables and JSON")
+    command.add_argument("--output", type=path_of, required=True, help="folder of tables and JSON")
     command.add_argument(
         "--jobs", type=int, default=1, help="compile this many at a time; each measures alone"
     )
@@ -154,7 +155,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--frames", type=int, default=20)
 
     command = commands.add_parser("load", parents=[common, sized])
-    command.add_argument("--root", type=Path, help="a DAVIS folder; default: synthetic videos")
+    command.add_argument("--root", type=path_of, help="a DAVIS folder; default: synthetic videos")
     command.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
     command.add_argument("--split", default="train", help="DAVIS: list in ImageSets/2017")
     command.add_argument("--crop", type=int, default=465, help="side of the clips, 16 k + 1")

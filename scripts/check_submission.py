@@ -7,8 +7,8 @@ Exit status 0 with a summary if the submission would be accepted, 1 with the lis
 
 import argparse
 import sys
-from pathlib import Path
 
+from cfbi_jax.data.image_files import path_of
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation.submission import DATASETS, check_submission, expected_sequences
 
@@ -17,9 +17,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("submission", type=Path, metavar="ZIP_OR_DIR")
+    parser.add_argument("submission", type=path_of, metavar="ZIP_OR_DIR")
     parser.add_argument("--dataset", required=True, choices=sorted(DATASETS))
-    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--root", required=True, type=path_of, help="folder of the data set")
     parser.add_argument(
         "--split", default=None, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
     )

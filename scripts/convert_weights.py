@@ -11,8 +11,8 @@ code when it is loaded is refused.
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from cfbi_jax.data.image_files import path_of
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.weights.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint
 from cfbi_jax.weights.official import convert_state_dict, export_state_dict
@@ -23,8 +23,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, type=Path)
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--input", required=True, type=path_of)
+    parser.add_argument("--output", required=True, type=path_of)
     parser.add_argument("--export", action="store_true", help="from a checkpoint to a .pth file")
     return parser.parse_args(arguments)
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from cfbi_jax.data.image_files import write_file
+from cfbi_jax.data.image_files import path_of, write_file
 from cfbi_jax.training.metric_writers import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 
 
@@ -47,8 +47,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="folder of a run")
-    parser.add_argument("--output", type=Path, help="default: curves.png in the first OUT")
+    parser.add_argument("runs", nargs="+", type=path_of, metavar="OUT", help="folder of a run")
+    parser.add_argument("--output", type=path_of, help="default: curves.png in the first OUT")
     parser.add_argument(
         "--smooth",
         type=int,

@@ -9,9 +9,8 @@ is computed anew. Bad input gives a message and exit status 1, and no tables.
 
 import argparse
 import sys
-from pathlib import Path
 
-from cfbi_jax.data.image_files import check_writable
+from cfbi_jax.data.image_files import check_writable, path_of
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
@@ -25,9 +24,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset", required=True, choices=("davis2016", "davis2017", "youtube_vos")
     )
-    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--root", required=True, type=path_of, help="folder of the data set")
     parser.add_argument(
-        "--results", required=True, type=Path, help="folder with <sequence>/<frame>.png"
+        "--results", required=True, type=path_of, help="folder with <sequence>/<frame>.png"
     )
     parser.add_argument("--split", default=None, help="default: val (DAVIS), train (YouTube-VOS)")
     parser.add_argument("--resolution", help="DAVIS: folder under Annotations; default: 480p")
@@ -37,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=split_names,
         help="YouTube-VOS: categories seen in training; default: those of root/train/meta.json",
     )
-    parser.add_argument("--output", type=Path, help="folder of the tables; default: --results")
+    parser.add_argument("--output", type=path_of, help="folder of the tables; default: --results")
     parser.add_argument("--threads", type=int, help="default: one per core")
     found = parser.parse_args(arguments)
     if found.sequences is not None and not found.sequences:

@@ -40,6 +40,7 @@ from cfbi_jax.data.image_files import (
     VOC_PALETTE,
     check_writable,
     list_frames,
+    path_of,
     read_mask,
     read_palette,
     write_image,
@@ -56,12 +57,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, type=Path)
-    parser.add_argument("--video", required=True, type=Path, help="video file or folder")
+    parser.add_argument("--checkpoint", required=True, type=path_of)
+    parser.add_argument("--video", required=True, type=path_of, help="video file or folder")
     parser.add_argument(
         "--masks", required=True, nargs="+", metavar="[FRAME=]PNG", help="frame 0 if not named"
     )
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=path_of)
     parser.add_argument("--overlay", action="store_true", help="write OUT/overlay.mp4")
     parser.add_argument("--cutouts", action="store_true", help="write OUT/cutouts/<id>/")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
@@ -78,7 +79,7 @@ def mask_paths(arguments: list[str]) -> dict[int, Path]:
         frame = int(frame or 0)
         if frame in paths:
             raise ValueError(f"two masks for frame {frame}: {paths[frame]} and {path}")
-        paths[frame] = Path(path)
+        paths[frame] = path_of(path)
     return paths
 
 

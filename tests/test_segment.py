@@ -2,6 +2,7 @@
 
 import resource
 import signal
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -194,6 +195,16 @@ def test_a_mask_without_a_name(script, nothing):
     """As from a shell's variable that is not set."""
     with pytest.raises(ValueError, match=f"--masks '{nothing}': expected the name of a PNG"):
         script.mask_paths([nothing])
+
+
+def test_paths_from_the_home_folder(script, monkeypatch):
+    """Shells leave the ~ behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = script.mask_paths(["first.png", "40=~/late.png"])
+    assert paths == {0: Path("first.png"), 40: Path("/home/someone/late.png")}
+    required = ["--checkpoint=~/c", "--video=v.mp4", "--masks", "m.png", "--output=~/out"]
+    found = script.parse_arguments(required)
+    assert (found.checkpoint, found.output) == (Path("/home/someone/c"), Path("/home/someone/out"))
 
 
 def test_results_are_not_replaced(script, inputs, tmp_path):

@@ -59,6 +59,11 @@ def _voc_palette() -> UInt8[np.ndarray, "256 3"]:
 VOC_PALETTE = _voc_palette()
 
 
+def path_of(text: str) -> Path:
+    """A path as it is written on a command line: shells leave the ~ of `--output=~/OUT`."""
+    return Path(text).expanduser()
+
+
 def list_frames(folder: Path | str) -> list[Path]:
     """The pictures in a folder, in the order of the numbers in their names (9.png before 10.png).
 
