@@ -26,7 +26,7 @@ from cfbi_jax.inference.state import (
 )
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.memory import MIB, Chunks, MemoryPlan
-from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.cfbi import CFBI, rows_in_groups
 from cfbi_jax.models.images import ImageFormat
 
 LOGGER = logging.getLogger(__name__)
@@ -203,6 +203,9 @@ class Programs:
         size = given.shape
         references = state.views[0].reference.shape[0]
         self._log_compilation(f"{num_rows - 1} objects, {references} references", size, views)
+        packing = None
+        if chunks.rows_at_once:
+            packing = rows_in_groups(1, num_rows, chunks.rows_at_once)
         logits = []
         for view_state, (current, low_level) in zip(state.views, features, strict=True):
             of_view = self.model.apply(
@@ -216,8 +219,7 @@ class Programs:
                 low_level,
                 num_objects[None],
                 num_rows,
-                None,
-                chunks.rows_at_once,
+                packing,
                 method=CFBI.segment,
             )
             logits.append(of_view[0])

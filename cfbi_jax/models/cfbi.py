@@ -34,14 +34,22 @@ WINDOWS = (12, 2, 4, 6, 8, 10)
 
 
 class Packing(NamedTuple):
-    """The rows of a batch that exist, one after the other, so that none is computed for nothing.
+    """Which rows of a batch the head computes, so that none is computed for nothing.
 
-    Row i of the packed batch is row `row[i]` of sample `sample[i]`; where `sample[i]` is the batch
-    size, row i is padding.
+    Row i of the packed batch is row `row[i]` of sample `sample[i]`; where `sample[i]` is not below
+    the batch size, row i is padding. With arrays `[groups, n]` one group after the other is
+    computed, to bound the memory.
     """
 
-    sample: Int[Array, " n"]
-    row: Int[Array, " n"]
+    sample: Int[Array, "*groups n"]
+    row: Int[Array, "*groups n"]
+
+
+def rows_in_groups(batch: int, num_rows: int, size: int) -> Packing:
+    """All rows of a batch, `size` at a time; the last group is filled up with padding."""
+    groups = -(-batch * num_rows // size)
+    sample, row = jnp.divmod(jnp.arange(groups * size).reshape(groups, size), num_rows)
+    return Packing(sample, row)
 
 
 class PixelEmbedding(nn.Module):
@@ -158,7 +166,6 @@ class CFBI(nn.Module):
         num_objects: Int[Array, " b"],
         num_rows: int,
         packing: Packing | None = None,
-        rows_at_once: int | None = None,
     ) -> Float[Array, "b rows h w"]:
         """Logits at stride 4 of every row: 0 is the background, 1..num_objects[b] the objects.
 
@@ -166,9 +173,8 @@ class CFBI(nn.Module):
         padded number of objects, and r the padded number of references. What padding rows hold is
         meaningless and reaches no real row: `mask_padding` takes them out of a softmax.
 
-        The head works on all `b * num_rows` rows, or with `packing`, which has to name every row up
-        to `num_objects[b]`, on those alone. `rows_at_once` bounds its memory: that many rows at a
-        time, one group after the other.
+        The head works on all `b * num_rows` rows at once, or on those of `packing`, which has to
+        name every row up to `num_objects[b]`.
         """
         with jax.default_matmul_precision("highest"):
             rows = jnp.arange(num_rows)
@@ -197,27 +203,22 @@ class CFBI(nn.Module):
 
             arrays = maps, mask, vector, previous, current, low_level
             batch, height, width, _ = current.shape
-            if packing is None and rows_at_once is None:
+            if packing is None:
                 logits = self._head(*arrays, None)
                 foreground, background = (x.reshape(*maps.shape[:4]) for x in logits)
                 return augment_background(foreground, background, valid)
 
-            if packing is None:
-                packing = _all_rows(batch, num_rows)
-            if rows_at_once is None:
+            if packing.row.ndim == 1:
                 logits = self._head(*arrays, packing)
             else:
-                groups = _groups(packing, rows_at_once, batch)
                 in_groups = nn.scan(
                     lambda module, carry, group: (carry, module._head(*arrays, group)),
                     variable_broadcast=("params", "frozen"),
                     split_rngs={"params": False},
                 )
-                _, logits = in_groups(self, (), groups)
-                logits = jax.tree.map(lambda x: x.reshape(-1, height, width), logits)
-                packing = jax.tree.map(lambda x: x.reshape(-1), groups)
+                _, logits = in_groups(self, (), packing)
 
-            def unpacked(x):  # [n, h, w] -> [b, rows, h, w]
+            def unpacked(x):  # [..., h, w] -> [b, rows, h, w]
                 empty = jnp.zeros((batch, num_rows, height, width), x.dtype)
                 return empty.at[packing.sample, packing.row].set(x, mode="drop")
 
@@ -315,19 +316,6 @@ class CFBI(nn.Module):
             ones * (num_rows - 1),
             num_rows,
         )
-
-
-def _all_rows(batch: int, num_rows: int) -> Packing:
-    sample, row = jnp.divmod(jnp.arange(batch * num_rows), num_rows)
-    return Packing(sample, row)
-
-
-def _groups(packing: Packing, size: int, batch: int) -> Packing:
-    """Arrays `[groups, size]`; the last group is filled up with padding."""
-    missing = -packing.row.shape[0] % size
-    sample = jnp.pad(packing.sample, (0, missing), constant_values=batch)
-    row = jnp.pad(packing.row, (0, missing))
-    return Packing(sample.reshape(-1, size), row.reshape(-1, size))
 
 
 def augment_background(

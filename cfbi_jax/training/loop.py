@@ -152,7 +152,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if evaluations.due(first_step):  # the run was stopped during this evaluation
         with stopping.at_once(stopped(first_step)):
             evaluations.evaluate(state, first_step)
-    pace = Pace(config)
+    pace, sizes = Pace(config), set()
     for step in range(first_step + 1, last_step + 1):
         asked = time.perf_counter()
         try:
@@ -167,6 +167,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
                 store.wait()
             raise
         pace.step(waited=time.perf_counter() - asked)
+        rows = batch.packing.row.size
+        if sizes and rows not in sizes:  # perhaps minutes, perhaps thousands of steps in
+            LOGGER.info("step %d: the first batch of %d rows is compiled", step, rows)
+        sizes.add(rows)
         profile(step, state)
         state, metrics, prediction = train_step(state, batch)
         progress(step)
@@ -179,7 +183,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             logged = jax.device_get(metrics)
             _check_finite(training, state)
             if reports:
-                logged |= {"learning_rate": rate(step - 1), "rows": batch.packing.row.size}
+                logged |= {"learning_rate": rate(step - 1), "rows": rows}
                 reports.log(step, logged | pace.metrics() | peak_memory())
             pace.restart()
         elif every(step, CHECK_EVERY):

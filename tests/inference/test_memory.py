@@ -15,7 +15,7 @@ from cfbi_jax.inference import programs, test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.memory import Chunks, MemoryPlan, choose_chunks, tree_bytes
-from cfbi_jax.models.cfbi import CFBI
+from cfbi_jax.models.cfbi import CFBI, rows_in_groups
 from cfbi_jax.models.images import IMAGENET_FORMAT
 
 FOUR_OBJECTS = mask_of(
@@ -37,7 +37,7 @@ def test_rows_in_groups_are_all_rows(rows_at_once):
         low_level = jnp.asarray(rng.random((2, 7, 9, 12)), jnp.float32)
         labels = jnp.asarray(rng.integers(0, 4, (2, 2, 7, 9)), jnp.uint8)
 
-        def segment(rows_at_once):
+        def segment(packing):
             return model.apply(
                 variables,
                 features[0][:, None],
@@ -49,13 +49,12 @@ def test_rows_in_groups_are_all_rows(rows_at_once):
                 low_level,
                 jnp.array([3, 2]),
                 4,
-                None,
-                rows_at_once,
+                packing,
                 method=CFBI.segment,
             )
 
         variables = jax.tree.map(jnp.asarray, random_variables(model, seed=0))
-        found, expected = segment(rows_at_once), segment(None)
+        found, expected = segment(rows_in_groups(2, 4, rows_at_once)), segment(None)
     assert np.ptp(expected) > 0.1
     valid = np.arange(4)[None] <= np.array([3, 2])[:, None]
     np.testing.assert_allclose(found[valid], expected[valid], atol=1e-5)
