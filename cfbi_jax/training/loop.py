@@ -169,7 +169,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
         pace.step(waited=time.perf_counter() - asked)
         rows = batch.packing.row.size
         if sizes and rows not in sizes:  # perhaps minutes, perhaps thousands of steps in
-            LOGGER.info("step %d: the first batch of %d rows is compiled", step, rows)
+            LOGGER.info("step %d: compiling for batches of %d rows", step, rows)
         sizes.add(rows)
         profile(step, state)
         state, metrics, prediction = train_step(state, batch)
