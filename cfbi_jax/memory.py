@@ -28,6 +28,7 @@ LINE_COPIES = 6
 LIBRARY_COPIES = 2
 # What the lines of the output may take at most.
 LINES_ROOM = 256 * MIB
+LEAST_LINES = 8  # one at a time would take five times as long and spare next to nothing
 
 
 class Chunks(NamedTuple):
@@ -88,23 +89,27 @@ def default_budget() -> int:
     return CPU_BUDGET
 
 
-def choose_chunks(
-    room: int, pixels: int, head_channels: int, num_rows: int, size: tuple[int, int]
-) -> Chunks:
+def row_bytes(head_channels: int, pixels: int) -> float:
+    """What the head takes for one row of so many pixels."""
+    return 4 * HEAD_COPIES * head_channels * pixels
+
+
+def choose_chunks(room: int, row: float, num_rows: int, size: tuple[int, int]) -> Chunks:
     """The largest chunks, of equal size, that fit into `room` bytes.
 
     Args:
-      pixels: of the largest embedding. head_channels: of the head's input.
+      row: `row_bytes`.
       size: (height, width) of the video.
     """
 
-    def equal_parts(room: int, count: int, bytes_of_one: int | float) -> int | None:
-        fit = max(1, int(room / bytes_of_one))
+    def equal_parts(room: int, count: int, bytes_of_one: int | float, least: int = 1) -> int | None:
+        fit = max(least, int(room / bytes_of_one))
         return None if fit >= count else -(-count // -(-count // fit))
 
+    lines_room = min(room, LINES_ROOM)
     return Chunks(
-        equal_parts(room, num_rows, 4 * HEAD_COPIES * head_channels * pixels),
-        equal_parts(min(room, LINES_ROOM), size[0], 4 * LINE_COPIES * num_rows * size[1]),
+        equal_parts(room, num_rows, row),
+        equal_parts(lines_room, size[0], 4 * LINE_COPIES * num_rows * size[1], LEAST_LINES),
     )
 
 

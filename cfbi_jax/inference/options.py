@@ -28,7 +28,8 @@ class Options:
         one compilation serves any video, and more objects are an error.
     memory_mib: what weights and arrays are to fit into, in MiB. Where objects or the video's size
         need more, fewer object rows and lines of pixels are computed at a time; where that is not
-        enough, `VideoSegmenter.plan` says so. None: 80 % of the device's memory, on CPUs 1 GiB.
+        enough, a warning comes, and `VideoSegmenter.plan` says so before (an error for a given
+        number). None: 80 % of the device's memory, on CPUs 1 GiB.
     """
 
     scales: Sequence[float] | float | int = (1.0,)

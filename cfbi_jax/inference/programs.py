@@ -21,6 +21,7 @@ from cfbi_jax.inference.state import (
     Features,
     State,
     forget_programs,
+    padded_references,
     padded_rows,
     state_shapes,
 )
@@ -75,6 +76,7 @@ class Programs:
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self.num_compilations = 0
         self._views_kept = 0
+        self._told: set[tuple] = set()
         self.embed = jax.jit(
             self._embed_views, static_argnames="views", compiler_options=compiler_options()
         )
@@ -104,13 +106,18 @@ class Programs:
         The programs of a frame take turns, so the larger one counts. Frames that wait to be read
         are not counted.
 
-        Raises ValueError if that is more than `memory_mib`.
+        Raises ValueError if that is more than `memory_mib`; where that is None, warns of more than
+        its default.
         """
         views = self.views_of(size)
         num_rows = self.num_rows(num_objects)
         frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
         embed = self.embed.lower(self.variables, frame, views=views)
-        features = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), embed.out_info)
+        # On the device, as those of a video are: else this would be another program.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        features = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), embed.out_info
+        )
         chunks = self.chunks(features, size, num_rows, num_references)
         state = state_shapes(features, num_references)
         count = jax.ShapeDtypeStruct((), np.int32)
@@ -128,16 +135,24 @@ class Programs:
         prediction += memory.library_bytes(num_rows, lines, size[1])
         held = self._held(features, size, num_references)
         plan = MemoryPlan(held | {"computation": max(embedding, prediction)}, chunks)
-        self._check_budget(plan, size, num_objects)
+        if plan.peak > self.budget:
+            message = self._over_budget(size, num_objects, str(plan))
+            if self.options.memory_mib is not None:
+                raise ValueError(message)
+            LOGGER.warning(message)
         return plan
 
-    def _check_budget(self, plan: MemoryPlan, size: tuple[int, int], num_objects: int) -> None:
-        budget = self.options.memory_mib
-        if budget is not None and plan.peak > budget * MIB:
-            raise ValueError(
-                f"a video of {size[0]} x {size[1]} with {num_objects} objects takes {plan}, and "
-                f"memory_mib is {budget}; {LESS_MEMORY}"
-            )
+    @property
+    def budget(self) -> int:
+        """Bytes: `memory_mib`, or its default."""
+        given = self.options.memory_mib
+        return memory.default_budget() if given is None else given * MIB
+
+    def _over_budget(self, size: tuple[int, int], num_objects: int, plan: str) -> str:
+        return (
+            f"a video of {size[0]} x {size[1]} with {num_objects} objects takes {plan}, and "
+            f"memory_mib is {self.budget // MIB}; {LESS_MEMORY}"
+        )
 
     def views_of(self, size: tuple[int, int]) -> tuple[View, ...]:
         options = self.options
@@ -151,17 +166,41 @@ class Programs:
         self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
     ) -> Chunks:
         """What is computed at once, for a video of `size` whose frames have `features`."""
-        model, options = self.model, self.options
-        pixels = [math.prod(embedding.shape[1:3]) for embedding, _ in features]
-        fixed = sum(self._held(features, size, num_references).values())
-        # The maps of a frame's rows, and the logits of every view.
-        fixed += 4 * max(pixels) * 3 * num_rows * (3 + 2 * len(model.windows))
-        fixed += 4 * sum(pixels) * num_rows
-        budget = memory.default_budget()
-        if options.memory_mib is not None:
-            budget = options.memory_mib * MIB
-        channels = 3 * model.embedding_dim + model.matching_dim
-        return memory.choose_chunks(max(budget - fixed, 0), max(pixels), channels, num_rows, size)
+        room = self.budget - self._fixed(features, size, num_rows, num_references)
+        row = memory.row_bytes(self._head_channels, _largest(features))
+        return memory.choose_chunks(max(room, 0), row, num_rows, size)
+
+    def warn_over_budget(
+        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
+    ) -> None:
+        """Tells, once for each of these, where even the smallest chunks should need more memory."""
+        model, pixels = self.model, _largest(features)
+        # Matching's sorted copies, in its own type and of the pixels that it looks at.
+        looked_at = padded_references(num_references) * pixels / model.global_atrous_rate**2
+        matching = 3 * looked_at * model.embedding_dim * jnp.dtype(model.matching_dtype).itemsize
+        row = memory.row_bytes(self._head_channels, pixels)
+        least = self._fixed(features, size, num_rows, num_references) + max(matching, row)
+        what = size, num_rows, num_references
+        if least > self.budget and what not in self._told:
+            self._told.add(what)
+            LOGGER.warning(self._over_budget(size, num_rows - 1, f"about {least / MIB:.0f} MiB"))
+
+    def _fixed(
+        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
+    ) -> int:
+        """Bytes that no chunks change: what exists all the time, the maps of a frame's rows, and
+        the logits of every view."""
+        held = sum(self._held(features, size, num_references).values())
+        maps = 4 * _largest(features) * 3 * num_rows * (3 + 2 * len(self.model.windows))
+        pixels = sum(math.prod(embedding.shape[1:3]) for embedding, _ in features)
+        return held + maps + 4 * pixels * num_rows
+
+    @property
+    def _head_channels(self) -> int:
+        """Of the head's input, or of its inside where that is wider than in the published one."""
+        model = self.model
+        inside = round(364 / 256 * model.ensembler_dim)
+        return max(3 * model.embedding_dim + model.matching_dim, inside)
 
     def _held(
         self, features: Features, size: tuple[int, int], num_references: int
@@ -247,3 +286,8 @@ class Programs:
             *size,
             seen,
         )
+
+
+def _largest(features: Features) -> int:
+    """Pixels of the largest view's embedding."""
+    return max(math.prod(embedding.shape[1:3]) for embedding, _ in features)

@@ -14,12 +14,13 @@ import contextlib
 import dataclasses
 
 import cv2
+import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cfbi_jax import memory
 from cfbi_jax.inference.programs import LESS_MEMORY, Programs, to_device
-from cfbi_jax.inference.state import State, remember
+from cfbi_jax.inference.state import Features, State, remember
 from cfbi_jax.inference.test_time import View
 
 Label = UInt8[np.ndarray, "height width"]
@@ -109,12 +110,23 @@ class Propagation:
                     with_probabilities=self._with_probabilities,
                     chunks=programs.chunks(features, self._size, num_rows, references),
                 )
-        self._state = remember(
-            self._state, features, rows, self._views, as_reference=given is not None
-        )
+        if given is None:
+            self._state = remember(self._state, features, rows, self._views, as_reference=False)
+        else:
+            self._state = self._with_reference(features, rows)
+            counts = programs.num_rows(len(ids)), self._state.num_references
+            programs.warn_over_budget(features, self._size, *counts)
         self._ids = ids  # with the state: after an error the frame can be tried again
         self.index += 1
         return self._result(rows, probabilities, given)
+
+    def _with_reference(self, features: Features, rows: Array) -> State:
+        """The state with one more reference. Waits, or several copies of the references, for the
+        frames under way, would exist at a time."""
+        with _out_of_memory_explained():
+            jax.block_until_ready(rows)
+            state = remember(self._state, features, rows, self._views, as_reference=True)
+            return jax.block_until_ready(state)
 
     def _result(self, rows, probabilities, given) -> Prediction:
         return Prediction(rows, probabilities, given, self._ids, self._with_probabilities)

@@ -1,5 +1,6 @@
 """`VideoSegmenter`: propagates the masks of given frames through a video."""
 
+import numbers
 import operator
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -190,14 +191,14 @@ class VideoSegmenter:
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
-        Raises ValueError if that is more than `memory_mib`, for none or for more objects or
-        references than the options allow, or a size that is none.
+        Raises ValueError if that is more than `memory_mib` (a warning where it is the default), for
+        none or for more objects or references than the options allow, or a size that is none.
         """
         counts = {"num_objects": num_objects, "num_references": num_references}
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; expected 1 or more")
-        if len(size) != 2 or min(size) < 1:
+        if len(size) != 2 or not all(isinstance(n, numbers.Integral) and n > 0 for n in size):
             raise ValueError(f"size is {size}; expected (height, width)")
         self.options.check_object_count(num_objects)
         self.options.check_reference_count(num_references)

@@ -13,7 +13,7 @@ from cfbi_jax.inference import test_time
 from cfbi_jax.inference.options import MAX_OBJECTS
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.models.matching import NOBODY
-from cfbi_jax.models.resizing import resize_labels
+from cfbi_jax.models.resizing import interpolation_matrix, resize_labels
 
 Shaped = Any  # an array or, in a plan, what stands for one
 
@@ -85,20 +85,23 @@ def state_shapes(features: Features, num_references: int) -> State:
 
     def view_state(embedding):
         shape = embedding.shape[1:]
+        like = partial(jax.ShapeDtypeStruct, sharding=embedding.sharding)
         return ViewState(
-            jax.ShapeDtypeStruct((count, *shape), embedding.dtype),
-            jax.ShapeDtypeStruct((count, *shape[:2]), np.uint8),
+            like((count, *shape), embedding.dtype),
+            like((count, *shape[:2]), np.uint8),
             embedding,
-            jax.ShapeDtypeStruct((1, *shape[:2]), np.uint8),
+            like((1, *shape[:2]), np.uint8),
         )
 
     return State(tuple(view_state(embedding) for embedding, _ in features), num_references)
 
 
 def forget_programs() -> None:
-    """Frees the compiled programs of this module, of which every size of videos has its own."""
+    """Frees what every size of videos has its own of, beside `Programs`: the programs of this
+    module, and the matrices that resize."""
     _small_label.clear_cache()
     _append.clear_cache()
+    interpolation_matrix.cache_clear()
 
 
 @partial(jax.jit, static_argnums=(1, 2))

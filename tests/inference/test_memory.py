@@ -81,12 +81,12 @@ def test_lines_in_groups_are_all_lines():
 
 def test_choice_of_chunks():
     """Equal parts, as large as fit; never nothing."""
-    small = dict(pixels=100, head_channels=10, num_rows=6, size=(48, 64))
+    row = memory.row_bytes(head_channels=10, pixels=100)
+    small = dict(row=row, num_rows=6, size=(48, 64))
     assert choose_chunks(2**30, **small) == Chunks(None, None)
-    row = 4 * memory.HEAD_COPIES * 10 * 100
     assert choose_chunks(int(4.5 * row), **small).rows_at_once == 3  # 4 fit: two groups of 3
     assert choose_chunks(int(2.5 * row), **small).rows_at_once == 2
-    assert choose_chunks(0, **small) == Chunks(1, 1)
+    assert choose_chunks(0, **small) == Chunks(1, 8)
     lines = choose_chunks(20 * 4 * 6 * 6 * 64, **small).lines_at_once
     assert lines == 16  # 20 fit: three groups
 
@@ -105,7 +105,7 @@ def test_a_small_budget_gives_the_same_masks(monkeypatch):
     chosen.clear()
     bounded = small_segmenter(memory_mib=1)
     found = list(bounded.segment(frames, masks))
-    assert set(chosen) == {Chunks(1, 1)}
+    assert set(chosen) == {Chunks(1, 8)}
     for label, (expected_label, probabilities) in zip(found, expected, strict=True):
         ordered = np.sort(probabilities, axis=0)
         clear = ordered[-1] - ordered[-2] > 1e-3
@@ -145,11 +145,50 @@ def test_plan_of_more_than_the_options_allow():
 
 
 def test_plan_compiles_what_the_video_runs():
+    compiled = []
+
+    def note(event, duration, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration" and "_views" in fun_name:
+            compiled.append(fun_name)
+
     segmenter = small_segmenter()
-    segmenter.plan((40, 56), num_objects=4)
-    compiled = segmenter.programs.num_compilations
-    list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
-    assert segmenter.programs.num_compilations == compiled
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        segmenter.plan((40, 56), num_objects=4)
+        assert compiled == ["jit(_embed_views)", "jit(_predict_views)"]
+        list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+        assert len(compiled) == 2
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_more_than_the_default_budget_is_told(monkeypatch, caplog):
+    """By a plan, and by a video once, unless less at a time helps."""
+    monkeypatch.setattr(memory, "CPU_BUDGET", 2 * 2**20)
+    segmenter = small_segmenter()
+    plan = segmenter.plan((40, 56), num_objects=4)
+    assert plan.peak > 2 * 2**20
+    (warning,) = caplog.messages
+    assert f"40 x 56 with 4 objects takes {plan}, and memory_mib is 2; less memory" in warning
+    caplog.clear()
+    for _ in range(2):
+        list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+    (warning,) = [message for message in caplog.messages if "memory_mib" in message]
+    assert "40 x 56 with 4 objects takes about" in warning
+    caplog.clear()
+    monkeypatch.setattr(memory, "CPU_BUDGET", 200 * 2**20)
+    list(small_segmenter().segment(random_video(3), {0: FOUR_OBJECTS}))
+    assert "memory_mib" not in caplog.text
+
+
+def test_a_wide_head_is_computed_in_parts():
+    """Its inside is wider than its input. Planned as a whole it would take 252 MiB."""
+    model, variables = small_network()
+    wide = model.clone(ensembler_dim=256)
+    segmenter = cfbi_jax.VideoSegmenter(wide, variables, IMAGENET_FORMAT, Options(memory_mib=200))
+    shapes = [jax.ShapeDtypeStruct((1, 61, 81, c), np.float32) for c in (16, 32)]
+    chunks = segmenter.programs.chunks((tuple(shapes),), (240, 320), 13, 1)
+    assert chunks.rows_at_once is not None
 
 
 def test_plan_over_budget_says_what_helps():

@@ -15,6 +15,7 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.propagation import Prediction, Propagation
 from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
+from cfbi_jax.models.resizing import interpolation_matrix
 from cfbi_jax.weights.official import convert_state_dict
 
 PROBABILITIES, CLEAR = 3e-4, 1e-3
@@ -196,6 +197,7 @@ def test_programs_of_many_sizes_do_not_pile_up(monkeypatch):
         assert segmenter.programs.embed._cache_size() == 1
         assert segmenter.programs.predict._cache_size() == 1
         assert state._small_label._cache_size() == 2
+        assert interpolation_matrix.cache_info().currsize <= 12  # those of one size
     assert segmenter.programs.num_compilations == 6
     np.testing.assert_array_equal(labels[2], labels[0])
 
