@@ -335,7 +335,7 @@ def masks_over_the_truth(config, root):
         (unknown_optimizer, ['config.optimizer is "sdg"; expected one of', "adam"]),
         (share_of_steps, ["config.sequential_start is 50000.0; expected a share"]),
         (no_weights, ["ckpt: no such file or folder", "config.init_from"]),
-        (other_weights, ["wrong shape", "backbone"]),
+        (other_weights, ["resnet_width is 4 there, config.model.resnet_width 8"]),
         (nothing_to_evaluate, ["val: no such folder"]),
         (truth_of_some, ["1 of the 2 videos", "no true masks but the first: synthetic-0001"]),
         (damaged_truth, ["synthetic-0001/00003.png: damaged picture"]),
