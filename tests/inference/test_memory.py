@@ -37,7 +37,8 @@ def test_rows_in_groups_are_all_rows(rows_at_once):
         low_level = jnp.asarray(rng.random((2, 7, 9, 12)), jnp.float32)
         labels = jnp.asarray(rng.integers(0, 4, (2, 2, 7, 9)), jnp.uint8)
 
-        def segment(packing):
+        @jax.jit
+        def segment(variables, packing):
             return model.apply(
                 variables,
                 features[0][:, None],
@@ -54,7 +55,8 @@ def test_rows_in_groups_are_all_rows(rows_at_once):
             )
 
         variables = jax.tree.map(jnp.asarray, random_variables(model, seed=0))
-        found, expected = segment(rows_in_groups(2, 4, rows_at_once)), segment(None)
+        found = segment(variables, rows_in_groups(2, 4, rows_at_once))
+        expected = segment(variables, None)
     assert np.ptp(expected) > 0.1
     valid = np.arange(4)[None] <= np.array([3, 2])[:, None]
     np.testing.assert_allclose(found[valid], expected[valid], atol=1e-5)
