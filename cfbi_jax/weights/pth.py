@@ -49,9 +49,9 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {found[1]}, which could run code on loading" if found else "is no .pth file"
+        what = f"it holds {found[1]}, which could run code" if found else "it is no .pth file"
         raise ValueError(
-            f"{path} was refused: it {what}; expected tensors, numbers and plain containers"
+            f"{path} was refused: {what}; expected tensors, numbers and plain containers"
         ) from error
     except Exception as error:  # torch's unpickler fails in many ways on bytes that are no pickle
         raise ValueError(f"{path} is damaged or no .pth file: {error}") from error
