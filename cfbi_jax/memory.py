@@ -28,7 +28,7 @@ LINE_COPIES = 6
 LIBRARY_COPIES = 2
 # What the lines of the output may take at most.
 LINES_ROOM = 256 * MIB
-LEAST_LINES = 8  # one at a time would take five times as long and spare next to nothing
+LEAST_LINES = 8  # fewer at a time would take longer and spare next to nothing
 
 
 class Chunks(NamedTuple):

@@ -166,9 +166,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict, UInt8[Array, "b n height width"]]]:
     """Compiles the step; its first argument's memory is reused.
 
-    It returns the new state, the metrics (scalars) and the predicted masks. From a
-    step on whose loss or gradient is not finite the state stays as it was before it (`halted`), so
-    that the step can be looked into whenever the host next reads the metrics.
+    It returns the new state, the metrics (scalars) and the predicted masks. From a step on whose
+    loss or gradient is not finite the state stays as it was before it (`halted`), so that the step
+    can be looked into whenever the host next reads the metrics.
     """
     gradients = jax.shard_map(
         partial(_device_gradients, model, image_format, options),
