@@ -105,7 +105,7 @@ def default_config() -> ConfigDict:
     config.remat = "none"
 
     # ---- Training: what is kept and shown ----
-    # The next three: 0 means at the last step only.
+    # The next three: 0 means at the last step only. Every evaluation comes with a checkpoint.
     config.checkpoint_every_steps = 1000
     config.eval_every_steps = 5000
     config.log_every_steps = 20

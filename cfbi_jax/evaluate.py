@@ -122,11 +122,11 @@ def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
     return dataclasses.replace(evaluation, made_by=made_by, overwrite=True)
 
 
-def run(evaluation: Evaluation, quiet: bool = False) -> report.Scores | None:
+def run(evaluation: Evaluation, on_the_way: bool = False) -> report.Scores | None:
     """Segments what is not finished; whoever finishes the last video scores and packs all.
 
-    Returns the scores, where there is truth and this process finished the last video. `quiet`: no
-    table is shown.
+    Returns the scores, where there is truth and this process finished the last video. `on_the_way`:
+    tables are written, but not shown, and nothing is packed.
     """
     workdir, videos, made_by = evaluation.workdir, evaluation.videos, evaluation.made_by
     archive = workdir / "submission.zip"
@@ -170,7 +170,9 @@ def run(evaluation: Evaluation, quiet: bool = False) -> report.Scores | None:
     # Another process, with other weights or options, may have done some since the first look.
     dataset.check_made_by(videos, workdir, made_by)
     results = dataset.results_folder(workdir)
-    scores = score(evaluation.data, videos, results, workdir, quiet)
+    scores = score(evaluation.data, videos, results, workdir, show=not on_the_way)
+    if on_the_way:
+        return scores
     if evaluation.data.sequences:
         LOGGER.info("no %s: config.data.sequences names some videos only", archive)
     else:
@@ -187,11 +189,11 @@ def score(
     videos: list[EvaluationVideo],
     results: Path,
     output: Path,
-    quiet: bool = False,
+    show: bool = True,
 ) -> report.Scores | None:
     """Writes the tables where the data set has truth, and shows them. Those of some videos only
-    (`data.sequences`) are called so."""
-    split = _split_name(data)
+    (`data.sequences`, or because others have no frame that counts) are called so."""
+    split = report.subset_name(data.split) if data.sequences else data.split
     report.remove_tables(output, split)
     without = [video.name for video in videos if not video.truth]
     if without:
@@ -209,12 +211,13 @@ def score(
         if short:
             LOGGER.warning("first and last frames are not scored: %s left out", ", ".join(short))
             names = [name for name in names if name not in short]
+            split = report.subset_name(data.split)
         if not names:
             return None
         scores = davis_scores.score_davis(
             data.root, results, data.year, data.split, data.resolution, names
         )
-    if not quiet:
+    if show:
         report.show(scores, split)
     for path in report.write_tables(scores, output, split):
         LOGGER.info("wrote %s", path)
@@ -234,10 +237,6 @@ def _some(names: list[str], of: int) -> str:
     if len(names) == of:
         return f"any of the {of} videos"
     return f"{len(names)} of {of} videos ({', '.join(names[:5])})"
-
-
-def _split_name(data: ConfigDict) -> str:
-    return report.subset_name(data.split) if data.sequences else data.split
 
 
 def _videos(data: ConfigDict) -> list[EvaluationVideo]:

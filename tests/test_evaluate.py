@@ -19,6 +19,7 @@ import cfbi_jax
 from cfbi_jax import evaluate
 from cfbi_jax.config import default_config
 from cfbi_jax.data import synthetic
+from cfbi_jax.data.davis import evaluation_videos
 from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.evaluation.submission import check_submission
 from cfbi_jax.inference import dataset
@@ -167,6 +168,18 @@ def test_youtube_vos_with_nothing_to_score(config, davis, tmp_path, caplog):
     assert run(config, out) is None
     assert (out / "submission.zip").is_file() and not list(out.glob("*.csv"))
     assert "no object has a frame after its first one to score: not scored" in caplog.text
+
+
+def test_tables_without_a_short_sequence_are_not_called_the_splits(config, davis, tmp_path, caplog):
+    """First and last frames do not count."""
+    for folder in ("JPEGImages/480p", "Annotations/480p"):
+        for path in sorted((davis / folder / "synthetic-0001").iterdir())[2:]:
+            path.unlink()
+    videos, out = evaluation_videos(davis), tmp_path / "out"
+    scores = evaluate.score(config.data, videos, davis / "Annotations" / "480p", out)
+    assert {found.sequence for found in scores.objects} == {"synthetic-0000"}
+    assert scores.j_and_f == 1 and "synthetic-0001 left out" in caplog.text
+    assert len(list(out.glob("*.csv"))) == len(list(out.glob("*-val-subset.csv"))) == 3
 
 
 # ---------------------------------------------------------------------------- resuming, sharing

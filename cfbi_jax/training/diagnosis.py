@@ -35,7 +35,7 @@ def explain(start: Checkpoint, clips: Clips, state: TrainState, batch_size: int)
             for number in numbers
             if (found := _first_bad_activation(start, clips, state, number))
         ),
-        "a gradient: weights and activations are finite",
+        "a gradient: weights are finite, and activations (true masks, no dropout)",
     )
     return f"step {step + 1}: not finite, first in {bad}; clips {names}"
 

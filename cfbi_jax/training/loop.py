@@ -2,7 +2,7 @@
 
 OUT/config.json            the run's configuration
 OUT/metrics.jsonl          a line per logged step: step, loss, iou, learning_rate, ...
-OUT/evaluations.jsonl      a line per evaluation: step, J&F, J, F
+OUT/evaluations.jsonl      a line per evaluation: step and, where there is truth, J&F (DAVIS: J, F)
 OUT/tensorboard/           the same, and pictures
 OUT/pictures/              strips of reference, previous, prediction, truth
 OUT/checkpoints/  OUT/best/    `training.checkpoints`
@@ -141,6 +141,8 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
 
     def save(state: TrainState) -> None:
         _check_finite(training, state)
+        if reports:
+            reports.flush()
         store.save(state)
 
     def stop(state: TrainState, step: int) -> None:
@@ -179,13 +181,13 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             LOGGER.info("first step, with compilation: %.0f s", pace.seconds)
             pace.restart()
 
-        if every(step, config.log_every_steps) or step == last_step:
+        logs = every(step, config.log_every_steps) or step == last_step
+        if logs:
             logged = jax.device_get(metrics)
             _check_finite(training, state)
             if reports:
                 logged |= {"learning_rate": rate(step - 1), "rows": rows}
                 reports.log(step, logged | pace.metrics() | peak_memory())
-            pace.restart()
         elif every(step, CHECK_EVERY):
             _check_finite(training, state)
         if reports and every(step, config.picture_every_steps):
@@ -196,6 +198,7 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
             store.wait()  # an evaluation takes long: what comes before it is safe
             with stopping.at_once(stopped(step)):
                 evaluations.evaluate(state, step)
+        if logs or evaluations.due(step):
             pace.restart()
         if stopping(step):
             stop(state, step)

@@ -31,6 +31,7 @@ from cfbi_jax.data.image_files import BadFile, write_file
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_EVALUATIONS = "tensorboard/evaluations"
 
 _CLU_SUMMARY_WRITER = "clu.metric_writers.summary_writer"
 _FLUSH_SECONDS = 30.0
@@ -55,18 +56,20 @@ def import_clu() -> tuple[types.ModuleType, types.ModuleType]:
     return metric_writers, importlib.import_module("clu.periodic_actions")
 
 
-def create_writer(workdir: Path | str, first_step: int) -> Any:
-    """A clu MetricWriter to OUT/metrics.jsonl and, in a thread, to OUT/tensorboard.
+def create_writer(
+    workdir: Path | str, first_step: int, lines: str = METRICS_FILE, board: str = TENSORBOARD_FOLDER
+) -> Any:
+    """A clu MetricWriter to JSON lines and to TensorBoard: a file and a folder of `workdir`.
 
     `first_step` is the first step that this run will write: what an earlier run wrote for it and
-    for later steps is removed from the JSON lines and hidden in TensorBoard. An error in writing
-    for TensorBoard is raised by the next `write_...`, `flush` or `close`.
+    for later steps is removed from the JSON lines and hidden in TensorBoard. The lines are written
+    at once, TensorBoard's file now and then and by `flush`.
     """
     metric_writers, _ = import_clu()
-    lines = JsonLinesWriter(Path(workdir) / METRICS_FILE)
-    lines.truncate_after(first_step - 1)
-    board = TensorBoardWriter(Path(workdir) / TENSORBOARD_FOLDER, purge_step=first_step)
-    return metric_writers.MultiWriter([lines, metric_writers.AsyncWriter(board)])
+    line_writer = JsonLinesWriter(Path(workdir) / lines)
+    line_writer.truncate_after(first_step - 1)
+    board_writer = TensorBoardWriter(Path(workdir) / board, purge_step=first_step)
+    return metric_writers.MultiWriter([line_writer, board_writer])
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -177,7 +180,7 @@ class TensorBoardWriter:
 
     Events of `purge_step` and later in older files of the folder are hidden by TensorBoard.
     Written in the calling thread, so that errors are raised: tensorboardX's own writer loses them
-    in a thread, and then blocks. clu's AsyncWriter makes it asynchronous.
+    in a thread, and then blocks; clu's AsyncWriter makes them another kind of error, later.
     """
 
     def __init__(self, logdir: Path | str, purge_step: int | None = None):

@@ -108,9 +108,21 @@ class Reports:
         pictures.write_strips(self._folder / f"{step:07d}.png", strips)
         self._writer.write_images(step, {"clip": pictures.stack(strips)[None]})
 
-    def close(self) -> None:
+    def flush(self) -> None:
+        """Before a checkpoint: a run that goes on from there does not write these steps again."""
         self._writer.flush()
-        self._writer.close()
+
+    def close(self) -> None:
+        _close(self._writer)
+
+
+def _close(writer: Any) -> None:
+    """The run is over, and its weights are safe: why it ended is not to give way to an error."""
+    try:
+        writer.flush()
+        writer.close()
+    except OSError as error:
+        LOGGER.error("the last metrics are not written: %s", error)
 
 
 class Evaluations:
@@ -126,14 +138,16 @@ class Evaluations:
     ):
         """`evaluation`: what to do, in the first process; `start`: of the network evaluated."""
         self._config, self._workdir = config, workdir
+        self._best = workdir / "best"
         self._start, self._evaluation = start, evaluation
         self._scores: dict[int, float] = {}
         if evaluation is not None:
             checkpoints.mend_best(workdir)
-            path = workdir / metric_writers.EVALUATIONS_FILE
-            self._lines = metric_writers.JsonLinesWriter(path)
-            self._lines.truncate_after(first_step)
-            lines = metric_writers.read_metrics(path)
+            # Where the best weights are gone, those at hand are evaluated again.
+            kept = first_step if self._best.exists() else first_step - 1
+            names = metric_writers.EVALUATIONS_FILE, metric_writers.TENSORBOARD_EVALUATIONS
+            self._writer = metric_writers.create_writer(workdir, kept + 1, *names)
+            lines = metric_writers.read_metrics(workdir / names[0])
             self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
         # The other processes need to know whether an evaluation was interrupted, and no more.
         self._first_is_done = bool(from_primary(first_step in self._scores))
@@ -154,20 +168,21 @@ class Evaluations:
 
     def close(self) -> None:
         if self._evaluation is not None:
-            self._lines.close()
+            _close(self._writer)
 
     def _evaluate(self, variables: dict, step: int) -> None:
         means = {}
         if all(video.truth for video in self._evaluation.videos):
             LOGGER.info("evaluation at step %d", step)
             evaluation = evaluate.with_weights(self._evaluation, variables)
-            means = evaluate.summary(evaluate.run(evaluation, quiet=True))
+            means = evaluate.summary(evaluate.run(evaluation, on_the_way=True))
         score = means.get("J&F", NO_TRUTH)
-        if score >= max(self._scores.values(), default=score):
+        if score >= max(self._scores.values(), default=score) or not self._best.exists():
             model, image_format = self._start.model, self._start.image_format
             checkpoints.save_best(self._workdir, model, variables, image_format)
         self._scores[step] = score
-        self._lines.write_scalars(step, means)
+        self._writer.write_scalars(step, means)
+        self._writer.flush()
         if means:
             best = max(self._scores, key=lambda step: (self._scores[step], step))
             message = "step %d: J&F %.4f; best %.4f at step %d"

@@ -24,6 +24,7 @@ from absl import flags
 from PIL import Image
 from runs import error_of, tiny
 from small import random_variables
+from tensorboard_events import decoded_events, scalars_and_images
 from tiny_run import MODEL
 
 import cfbi_jax
@@ -222,7 +223,15 @@ def test_command_trains_evaluates_and_keeps_the_best(config, whole, davis, tmp_p
     assert (out / "per-sequence_results-val.csv").exists() and (out / "submission.zip").exists()
 
     assert sorted(p.name for p in (out / "pictures").iterdir()) == ["0000004.png", "0000008.png"]
-    assert len(list((out / "tensorboard").glob("*tfevents*"))) == 1
+    board = scalars_and_images(decoded_events(out / "tensorboard"))
+    assert {step for step, tag in board if tag == "loss"} == set(range(1, STEPS + 1))
+    assert {step for step, tag in board if tag == "clip"} == {4, 8}
+    board = scalars_and_images(decoded_events(out / "tensorboard" / "evaluations"))
+    assert {key: value.simple_value for key, value in board.items()} == {
+        (line["step"], name.replace("&", "_")): np.float32(line[name])
+        for line in evaluations
+        for name in ("J&F", "J", "F")
+    }
     overview = (out / "parameters.txt").read_text()
     assert "foreground_bias" in overview and "pixel_embedding/pointwise/kernel" in overview
     assert json.loads((out / "config.json").read_text())["clips"]["crop_size"] == 33
@@ -270,6 +279,9 @@ def test_a_run_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(config
     assert status == -signal.SIGKILL, text
     assert ("going on from step" in text) == (last > 0)
     assert checkpoint_steps(out) == steps and unfinished(out)
+    board = scalars_and_images(decoded_events(out / "tensorboard"))
+    for step in range(1, last + 3):  # no gap before the checkpoint
+        assert (step, "loss") in board
 
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 7, "lo')  # half a line
@@ -376,7 +388,7 @@ def evaluations(config, davis, monkeypatch):
     config.mode, config.data.root = "train_and_eval", str(davis)
     results = []
 
-    def next_result(evaluation, quiet=False):
+    def next_result(evaluation, on_the_way=False):
         result = results.pop(0)
         return result() if callable(result) else result
 
@@ -409,6 +421,28 @@ def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path, numb
     best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "4")
     jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
     assert_same_run(out, whole)
+
+
+def test_where_the_best_weights_are_gone_the_next_ones_are_kept(config, evaluations, tmp_path):
+    out = tmp_path / "out"
+
+    def taken():
+        (out / "best").rename(tmp_path / "taken")
+        return 0.5
+
+    evaluations[:] = [0.9, taken, None]
+    run(config, out)
+    assert not evaluations
+    newest = load_checkpoint(out / "checkpoints" / str(STEPS)).variables
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(out / "best").variables, newest)
+
+    (out / "best").rename(tmp_path / "taken, too")
+    evaluations[:] = [0.5, None]
+    run(config, out)
+    assert not evaluations
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(out / "best").variables, newest)
+    lines = read_metrics(out / "evaluations.jsonl")
+    assert [(line["step"], line["J&F"]) for line in lines] == [(4, 0.9), (8, 0.5)]
 
 
 def test_other_videos_to_evaluate_are_refused(config, evaluations, davis, tmp_path, monkeypatch):

@@ -98,6 +98,8 @@ def test_smoothing_is_a_centred_mean_that_skips_gaps(plot_run):
     gaps[7], gaps[8] = np.nan, np.inf
     np.testing.assert_allclose(plot_run.smooth(gaps, 3)[[6, 7, 8, 9]], [5.5, 6, 9, 9.5])
     assert np.isnan(plot_run.smooth(np.full(9, np.nan), 2)).all()
+    spike = np.r_[1e18, np.ones(39)]
+    np.testing.assert_array_equal(plot_run.smooth(spike, 4)[3:], 1)
 
 
 def test_series_are_in_the_order_of_steps(plot_run):
@@ -114,6 +116,8 @@ def test_evaluations_are_read_and_equal_names_told_apart(plot_run, tmp_path):
     write_lines(tmp_path / "y/run/evaluations.jsonl", [{"step": 1, "J&F": 0.5}])
     assert plot_run.read_run(tmp_path / "x/run") == [{"step": 1, "loss": 1.0}]
     assert plot_run.read_run(tmp_path / "y/run")[1] == {"step": 1, "J&F": 0.5}
+    (tmp_path / "y/run/metrics.jsonl").write_bytes(b"")
+    assert plot_run.read_run(tmp_path / "y/run") == [{"step": 1, "J&F": 0.5}]
     folders = [tmp_path / "x/run", tmp_path / "y/run"]
     assert plot_run.run_names(folders) == [str(folder) for folder in folders]
     assert plot_run.run_names(folders[:1]) == ["run"]

@@ -1,3 +1,5 @@
+import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from cfbi_jax.training import reports
@@ -22,3 +24,21 @@ def test_pace(monkeypatch, caplog):
         assert pace.metrics()["data_wait"] == 3.0
     (warning,) = caplog.messages
     assert "75 % of the time" in warning and "config.workers than 3" in warning
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ends(tmp_path, monkeypatch, caplog):
+    """It ends a run, as an OSError; at the end, with the weights safe, it is only told."""
+    metrics = {"loss": np.float32(1), "iou": np.float32(0.5)}
+
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    report = reports.Reports(tmp_path, first_step=0)
+    report.log(1, metrics)
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.log(2, metrics)
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", full)
+    report.close()
+    (error,) = caplog.messages
+    assert "the last metrics are not written" in error and "No space left" in error
