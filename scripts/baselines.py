@@ -10,8 +10,8 @@ are the pixel embedding of `--checkpoint`, that of the untrained network of `--c
 (`--calibrated`: as a training starts), or those of block 13 of the MobileNetV2 in `--backbone`, of
 length one.
 
-Writes OUT/Annotations/<sequence>/*.png and the CSV tables of the official DAVIS tool, and prints
-the scores. Bad input gives a message and exit status 1.
+Writes OUT/Annotations/<sequence>/*.png and, where there is truth, the CSV tables of the official
+DAVIS tool, and prints the scores. Bad input gives a message and exit status 1.
 """
 
 import argparse
@@ -266,7 +266,8 @@ def main(arguments: argparse.Namespace) -> None:
         }
     )
     means = evaluate.summary(evaluate.score(data, videos, results, output))
-    print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+    if means:
+        print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from cfbi_jax.data.image_files import path_of, write_file
 from cfbi_jax.training.metric_writers import EVALUATIONS_FILE, METRICS_FILE, read_metrics
@@ -69,10 +69,12 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no {METRICS_FILE}; expected the output of training")
     entries = read_metrics(path)
+    evaluations = folder / EVALUATIONS_FILE
+    if evaluations.is_file():
+        entries += read_metrics(evaluations)
     if not entries:
         raise ValueError(f"{path}: no step in it yet")
-    evaluations = folder / EVALUATIONS_FILE
-    return entries + (read_metrics(evaluations) if evaluations.is_file() else [])
+    return entries
 
 
 def series(entries: list[dict[str, Any]], field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -92,14 +94,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     NaN stays where there is no finite value at all.
     """
     half = min(window, len(values) // 4) // 2
-    finite = np.isfinite(values)
-    sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    centre = np.arange(len(values))
-    first = np.maximum(centre - half, 0)
-    end = np.minimum(centre + half + 1, len(values))
-    with np.errstate(invalid="ignore"):
-        return (sums[end] - sums[first]) / (counts[end] - counts[first])
+    values = np.where(np.isfinite(values), values, np.nan)
+    parts = (values[max(i - half, 0) : i + half + 1] for i in range(len(values)))
+    return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
 
 
 def run_names(folders: list[Path]) -> list[str]:
@@ -161,6 +158,7 @@ def _finish_axis(axis: plt.Axes, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_xlabel("step", fontsize=9)
     axis.tick_params(labelsize=9, labelbottom=True)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(color="0.92")
     axis.set_axisbelow(True)

@@ -53,6 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     split = arguments.split or ("train" if arguments.dataset == "youtube_vos" else "val")
     output = arguments.output or arguments.results
+    if not arguments.results.is_dir():
+        raise FileNotFoundError(f"{arguments.results}: no such folder of predicted masks")
     called = report.subset_name(split) if arguments.sequences else split
     check_writable(output)
     report.remove_tables(output, called)

@@ -125,10 +125,8 @@ def check_submission(
     expected = expected_sequences(root, dataset, split, resolution, sequences)
     folder = ARCHIVE_FOLDERS[DATASETS[dataset]]
     if submission.is_dir():
-        files = {
-            folder + name: path.read_bytes for name, path in _files_to_pack(submission).items()
-        }
-        return _problems(files, folder, expected)
+        files = {name: path.read_bytes for name, path in _files_to_pack(submission).items()}
+        return _problems(files, "", expected)
     if not submission.is_file():
         raise FileNotFoundError(f"{submission}: no such zip or folder")
     try:
@@ -245,7 +243,7 @@ def _wrong_root(files: Iterable[str], folder: str, expected: Mapping[str, Expect
         path = PurePosixPath(name)
         sequence = expected.get(path.parent.name)
         if sequence and path.suffix == ".png" and path.stem in sequence.frames:
-            return f"wrong folder inside the archive: expected {shape}, found {name}"
+            return f"wrong folder: expected {shape}, found {name}"
     first = min(files, default="no file")
     return f"no mask of this split: expected {shape} of {len(expected)} sequences, found {first}"
 

@@ -20,11 +20,14 @@ Numbers from it compare runs with each other, not with published tables.
 """
 
 import dataclasses
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from cfbi_jax.data.youtube_vos import ObjectEntry, read_meta
 from cfbi_jax.evaluation import metrics, predictions
+
+LOGGER = logging.getLogger(__name__)
 
 SEEN, UNSEEN, ALL = "seen", "unseen", "all"
 
@@ -139,6 +142,8 @@ def _check_categories(
             f"seen categories {sorted(seen)}: no object of {path} has one of them; it has "
             f"{sorted(found)}"
         )
+    if seen - found:  # no harm, or misspelt
+        LOGGER.warning("no object of %s has the category %s", path, ", ".join(sorted(seen - found)))
 
 
 def _frame_pairs(

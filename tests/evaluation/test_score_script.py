@@ -104,6 +104,13 @@ def test_categories_are_for_youtube_vos(davis):
     assert done.returncode == 2 and "--seen-categories is for youtube_vos" in done.stderr
 
 
+def test_a_misspelt_folder_is_not_made(davis):
+    results, arguments = davis
+    done = run(*arguments[:-1], results.with_name("typo"))
+    assert done.returncode == 1 and "typo: no such folder of predicted masks" in done.stderr
+    assert not results.with_name("typo").exists()
+
+
 def test_resolutions_are_for_davis(tmp_path):
     data = ("--dataset", "youtube_vos", "--root", tmp_path, "--results", tmp_path)
     done = run(*data, "--resolution", "480p")

@@ -167,6 +167,13 @@ def test_wrong_folder_inside_the_archive(davis, youtube_vos, tmp_path):
     (problem,) = check_submission(tmp_path / "out.zip", root, "youtube_vos", "valid")
     assert problem.startswith("wrong folder") and "expected Annotations/<sequence>" in problem
 
+    # The folder around the masks, in place of the masks' own.
+    (tmp_path / "out").mkdir()
+    results.rename(tmp_path / "out" / "Annotations")
+    (problem,) = check_submission(tmp_path / "out", root, "youtube_vos", "valid")
+    shape = "<sequence>/<frame>.png"
+    assert problem == f"wrong folder: expected {shape}, found Annotations/v/00000.png"
+
     (tmp_path / "empty").mkdir()
     (problem,) = check_submission(tmp_path / "empty", root, "youtube_vos", "valid")
     assert problem.startswith("no mask of this split")

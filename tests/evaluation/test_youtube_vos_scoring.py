@@ -61,7 +61,7 @@ def test_scored_frames_and_values(late_object):
     assert scores.categories == ("dog", "zebra")
 
 
-def test_seen_and_unseen(late_object):
+def test_seen_and_unseen(late_object, caplog):
     root, results, slow = late_object
     dog, zebra = np.mean(slow[2], axis=0), np.mean(slow[5], axis=0)
 
@@ -73,6 +73,12 @@ def test_seen_and_unseen(late_object):
 
     scores = score_youtube_vos(root, results, "held_out", seen_categories=["dog", "zebra"])
     assert [(g.name, g.num_objects) for g in scores.groups] == [("seen", 2)]
+    assert not caplog.messages
+
+    scores = score_youtube_vos(root, results, "held_out", seen_categories=["dog", "zebbra"])
+    assert [(g.name, g.num_objects) for g in scores.groups] == [("seen", 1), ("unseen", 1)]
+    (warning,) = caplog.messages
+    assert "meta.json has the category zebbra" in warning
 
     # Nothing says which categories were seen.
     scores = score_youtube_vos(root, results, "held_out")
