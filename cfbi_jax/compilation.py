@@ -1,33 +1,79 @@
-"""Where XLA keeps compiled programs between runs."""
+"""JAX's settings: where compiled programs are kept, and what the network is computed with."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+LOGGER = logging.getLogger(__name__)
 
 DEFAULT = "default"
+# JAX's own: it keeps what took longer to compile.
+MIN_COMPILE_SECONDS = 1.0
 
 
-def use_compilation_cache(path: str | None = DEFAULT) -> Path | None:
-    """Turns the persistent compilation cache on at `path`, or off (None or ""); says where it is.
+def use_compilation_cache(path: Path | str | None = DEFAULT) -> Path | None:
+    """Turns JAX's persistent compilation cache on at `path`, or off (""), for the whole process,
+    as JAX has one; says where it is. None changes nothing.
 
-    "default" is the folder that JAX was already given (`JAX_COMPILATION_CACHE_DIR`, say), else
-    `$XDG_CACHE_HOME/cfbi_jax` (`~/.cache/cfbi_jax`).
+    "default" is what the process has already, a folder (`JAX_COMPILATION_CACHE_DIR`, say) or none
+    at all (`JAX_ENABLE_COMPILATION_CACHE=false`), else `$XDG_CACHE_HOME/cfbi_jax`
+    (`~/.cache/cfbi_jax`). Programs are kept however quickly they were compiled, unless the process
+    has other limits than JAX's.
     """
-    compilation_cache.reset_cache()  # else JAX stays with the folder that it first compiled for
-    if not path:
-        jax.config.update("jax_enable_compilation_cache", False)
+    if path is None:
         return None
+    compilation_cache.reset_cache()  # else JAX stays with the folder that it first compiled for
     if path == DEFAULT:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = jax.config.jax_compilation_cache_dir or Path(home) / "cfbi_jax"
-    jax.config.update("jax_enable_compilation_cache", True)
+        path = _default_folder() if jax.config.jax_enable_compilation_cache else ""
+    jax.config.update("jax_enable_compilation_cache", bool(path))
+    if not path:
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    if jax.config.jax_persistent_cache_min_compile_time_secs == MIN_COMPILE_SECONDS:
         # All of them: a second run of the same sizes compiles nothing.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Path(path)
+
+
+def _default_folder() -> Path | str:
+    if given := jax.config.jax_compilation_cache_dir:
+        return given
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "cfbi_jax"
+    try:
+        return Path.home() / ".cache" / "cfbi_jax"
+    except RuntimeError as error:  # a user without a home
+        LOGGER.warning("compiled programs are not kept for later runs: %s", error)
+        return ""
+
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """JAX's settings as everything here was tried with, whatever the program around it has set:
+    float32, NumPy's promotions, no mesh. Also a decorator: `@own_settings()`.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.enable_x64(False))
+        stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        stack.enter_context(jax.numpy_rank_promotion("allow"))
+        stack.enter_context(jax.transfer_guard("allow"))
+        stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        yield
+
+
+def default_device() -> jax.Device:
+    """Where the network goes: `jax.default_device`, if set, else the first of this process."""
+    given = jax.config.jax_default_device
+    if isinstance(given, str):  # a platform
+        return jax.local_devices(backend=given)[0]
+    return given or jax.local_devices()[0]
 
 
 def compiler_options() -> dict[str, str] | None:

@@ -81,9 +81,9 @@ def working_bytes(compiled: jax.stages.Compiled) -> int:
     return analysis.temp_size_in_bytes + new_outputs
 
 
-def default_budget() -> int:
+def default_budget(device: jax.Device) -> int:
     """Bytes that propagation may take: most of the device's memory, 1 GiB of a CPU's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(DEVICE_SHARE * stats["bytes_limit"])
     return CPU_BUDGET

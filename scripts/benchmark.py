@@ -218,7 +218,7 @@ def main(arguments: argparse.Namespace, command: list[str]) -> None:
         jax.config.update("jax_platforms", "cpu")
     if arguments.command == "plan":  # what tuning on a GPU takes is no part of a run
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    use_compilation_cache(None)  # a program that is read from a file took no time to compile
+    use_compilation_cache("")  # a program that is read from a file took no time to compile
     machine = measure.machine()
     rows, limits = COMMANDS[arguments.command](arguments)
     machine["peak_memory"] = measure.peak_memory()

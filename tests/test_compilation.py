@@ -1,9 +1,11 @@
 """Where compiled programs are kept, and the options that programs of the network take."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
 from small import small_network
 from tiny import batch_of, random_clips
 
-from cfbi_jax.compilation import compiler_options
+from cfbi_jax.compilation import compiler_options, use_compilation_cache
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
 from cfbi_jax.inference.state import state_shapes
@@ -145,11 +147,54 @@ FOLDERS = """
 import sys, os, jax, jax.numpy as jnp
 from cfbi_jax.compilation import use_compilation_cache
 for n, folder in enumerate(sys.argv[1:], 3):
-    use_compilation_cache(folder or None)
+    use_compilation_cache(folder)
     jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((n, n))).block_until_ready()
     folders = [name for name in sys.argv[1:] if name]
     print([len(os.listdir(name)) if os.path.exists(name) else 0 for name in folders], flush=True)
 """
+
+
+SETTINGS = """
+import jax
+from cfbi_jax.compilation import use_compilation_cache
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 5.0)
+folder = use_compilation_cache()
+print(folder, use_compilation_cache(None), jax.config.jax_enable_compilation_cache)
+print(jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"JAX_COMPILATION_CACHE_DIR": "/given"}, "/given None True"),
+        ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, "None None False"),
+        ({"XDG_CACHE_HOME": "/caches"}, "/caches/cfbi_jax None True"),
+        ({"HOME": "/home"}, "/home/.cache/cfbi_jax None True"),
+    ],
+)
+def test_the_default_is_what_the_process_has(environment, expected, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", SETTINGS]
+    environment = os.environ | environment
+    lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert lines.stdout.splitlines() == [expected, "5.0"]
+
+
+def test_a_user_without_a_home_keeps_no_programs(monkeypatch, caplog):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert use_compilation_cache() is None
+    finally:
+        use_compilation_cache(before)
+    assert "not kept for later runs: Could not determine home" in caplog.text
 
 
 def test_the_cache_moves_and_turns_off(tmp_path, monkeypatch):

@@ -185,17 +185,17 @@ def decode_mask(
     bits = data[_PNG_BITS]
     if data[_PNG_COLOURS] == _PNG_GREY and bits in _GREY_STEPS:
         label //= _GREY_STEPS[bits]
-    return check_label(label, name, refuse_shades)
+    label = check_label(label, name)
+    if refuse_shades and (shades := shades_in(label)):
+        raise BadFile(f"{name}: {shades}")
+    return label
 
 
-def check_label(
-    array: np.ndarray, name: str, refuse_shades: bool = True
-) -> UInt8[np.ndarray, "height width"]:
+def check_label(array: np.ndarray, name: str) -> UInt8[np.ndarray, "height width"]:
     """The given object ids as a label map, if they can be one; `name` says whose in errors.
 
     `array` is [height, width], of integers 0..255 or bool. Errors: ValueError for another shape or
-    type, for ids outside 0..255 and, with `refuse_shades`, for an anti-aliased drawing (many ids,
-    mostly in edges only).
+    type, and for ids outside 0..255.
     """
     array = np.asarray(array)
     if array.ndim != 2 or array.size == 0:
@@ -206,10 +206,7 @@ def check_label(
         low, high = array.min(), array.max()
         if low < 0 or high > 255:
             raise BadFile(f"{name}: ids from {low} to {high}; expected object ids 0 to 255")
-    label = np.ascontiguousarray(array, np.uint8)
-    if refuse_shades:
-        _check_not_anti_aliased(label, name)
-    return label
+    return np.ascontiguousarray(array, np.uint8)
 
 
 def read_palette(path: Path | str) -> UInt8[np.ndarray, "256 3"] | None:
@@ -381,15 +378,16 @@ def _has_jpeg_end(data: bytes) -> bool:
     return False
 
 
-def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str) -> None:
-    """Raises ValueError if the ids look like shades: smoothed edges would make dozens of objects.
+def shades_in(label: UInt8[np.ndarray, "height width"]) -> str:
+    """What is wrong if the ids look like shades: smoothed edges would make dozens of objects. Else
+    nothing.
 
     In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
     """
     ids = ids_in(label)
     ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
     if len(ids) < 3:
-        return
+        return ""
     kernel = np.ones((3, 3), np.uint8)
     inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
     only_in_edges = np.setdiff1d(ids, ids_in(label, inside.view(np.uint8)))
@@ -397,15 +395,16 @@ def _check_not_anti_aliased(label: UInt8[np.ndarray, "height width"], name: str)
     suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
     if mostly_edges:
-        raise BadFile(
-            f"{name}: {len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
+        return (
+            f"{len(ids)} ids, {len(only_in_edges)} of them only in edges: an anti-aliased"
             f" or resized mask; expected hard edges and at most {MAX_IDS_IN_MASK} objects"
         )
     if len(ids) > MAX_IDS_IN_MASK:
-        raise BadFile(
-            f"{name}: {len(ids)} ids, as shades of grey have; expected object ids, at most "
+        return (
+            f"{len(ids)} ids, as shades of grey have; expected object ids, at most "
             f"{MAX_IDS_IN_MASK} in one mask (more objects can come with other frames' masks)"
         )
+    return ""
 
 
 def ids_in(

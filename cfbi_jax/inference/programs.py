@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax import memory
-from cfbi_jax.compilation import compiler_options
+from cfbi_jax.compilation import compiler_options, default_device, own_settings
 from cfbi_jax.inference import test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import (
@@ -43,11 +43,88 @@ LESS_MEMORY = (
 MAX_VIEWS = 64
 
 
-def to_device(arrays):
-    """A tree of arrays where the programs run. JAX compiles a program once for arrays that were put
-    somewhere on purpose, as its own results then are, and once more for others.
+class _Traced:
+    """What is compiled, and how often it was. Without the weights, which the compiled functions
+    would keep: they and what they were made of are a cycle, freed when garbage is collected.
     """
-    return jax.device_put(arrays, jax.local_devices()[0])
+
+    def __init__(self, model: CFBI, image_format: ImageFormat):
+        self.model = model
+        self.image_format = image_format
+        self.compilations = 0
+        self.views_kept = 0
+
+    def embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
+        self._log("embedding", frame.shape[:2], views)
+        return tuple(
+            self.model.apply(
+                variables,
+                test_time.view_frame(frame, view, self.image_format),
+                method=CFBI.embed,
+            )
+            for view in views
+        )
+
+    def predict_views(
+        self,
+        variables,
+        state: State,
+        features: Features,
+        given: UInt8[Array, "height width"],
+        num_objects: Int[Array, ""],
+        views: tuple[View, ...],
+        num_rows: int,
+        with_probabilities: bool,
+        chunks: Chunks,
+    ) -> tuple[UInt8[Array, "height width"], Float[Array, "rows height width"] | None]:
+        """(rows of all pixels, given ones included; probabilities of the prediction)."""
+        size = given.shape
+        references = state.views[0].reference.shape[0]
+        self._log(f"{num_rows - 1} objects, {references} references", size, views)
+        packing = None
+        if chunks.rows_at_once:
+            packing = rows_in_groups(1, num_rows, chunks.rows_at_once)
+        logits = []
+        for view_state, (current, low_level) in zip(state.views, features, strict=True):
+            of_view = self.model.apply(
+                variables,
+                view_state.reference[None],
+                view_state.reference_label[None],
+                jnp.full(1, state.num_references),
+                view_state.previous,
+                view_state.previous_label,
+                current,
+                low_level,
+                num_objects[None],
+                num_rows,
+                packing,
+                method=CFBI.segment,
+            )
+            logits.append(of_view[0])
+        probabilities = None
+        if with_probabilities:
+            probabilities = test_time.mean_probabilities(logits, views, size, num_objects)
+            label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
+        else:
+            lines = chunks.lines_at_once or size[0]
+            label = test_time.most_likely_rows(logits, views, size, num_objects, lines)
+        return jnp.where(given > 0, given, label), probabilities
+
+    def _log(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
+        # Python runs the body of a jitted function exactly when a new program is compiled.
+        self.compilations += 1
+        self.views_kept += len(views)
+        seen = ", ".join(
+            f"{view.size[0]} x {view.size[1]}{' mirrored' if view.mirrored else ''}"
+            for view in views
+        )
+        LOGGER.info(
+            "compilation %d: %s, video %d x %d, network %s",
+            self.compilations,
+            what,
+            *size,
+            seen,
+        )
 
 
 class Programs:
@@ -56,9 +133,9 @@ class Programs:
     Attributes:
       model: with the types and atrous rates of `options`.
       variables: of the network, on the device; `use` puts others in their place.
+      device: where all is computed: JAX's default one when this was made, else the first.
       embed: (variables, frame, views=) -> `Features`.
-      predict: see `_predict_views`.
-      num_compilations: programs made so far, those that were forgotten included.
+      predict: see `_Traced.predict_views`.
     """
 
     def __init__(
@@ -72,34 +149,47 @@ class Programs:
             compute_dtype=jnp.dtype(options.compute_dtype).type,
             matching_dtype=jnp.dtype(options.matching_dtype).type,
         )
+        self.device = default_device()
         self.use(variables)
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
-        self.num_compilations = 0
-        self._views_kept = 0
         self._told: set[tuple] = set()
+        self._traced = traced = _Traced(self.model, image_format)
         self.embed = jax.jit(
-            self._embed_views, static_argnames="views", compiler_options=compiler_options()
+            traced.embed_views, static_argnames="views", compiler_options=compiler_options()
         )
         self.predict = jax.jit(
-            self._predict_views,
+            traced.predict_views,
             static_argnames=("views", "num_rows", "with_probabilities", "chunks"),
             compiler_options=compiler_options(),
         )
 
+    @property
+    def num_compilations(self) -> int:
+        """Programs made so far, those that were forgotten included."""
+        return self._traced.compilations
+
+    @own_settings()
     def use(self, variables: Mapping) -> None:
         """Other weights of the same shapes; no program is compiled again."""
-        self.variables = to_device(variables)
+        self.variables = self.to_device(variables)
+
+    def to_device(self, arrays):
+        """A tree of arrays where the programs run. JAX compiles a program once for arrays that were
+        put somewhere on purpose, as its own results then are, and once more for others.
+        """
+        return jax.device_put(arrays, self.device)
 
     def begin_video(self) -> None:
         """Forgets all programs where there are many, so that memory does not grow with the number
         of videos; what is needed again comes from the persistent cache.
         """
-        if self._views_kept >= MAX_VIEWS:
+        if self._traced.views_kept >= MAX_VIEWS:
             self.embed.clear_cache()
             self.predict.clear_cache()
             forget_programs()
-            self._views_kept = 0
+            self._traced.views_kept = 0
 
+    @own_settings()
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
@@ -114,7 +204,7 @@ class Programs:
         frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
         embed = self.embed.lower(self.variables, frame, views=views)
         # On the device, as those of a video are: else this would be another program.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = jax.sharding.SingleDeviceSharding(self.device)
         features = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), embed.out_info
         )
@@ -146,7 +236,7 @@ class Programs:
     def budget(self) -> int:
         """Bytes: `memory_mib`, or its default."""
         given = self.options.memory_mib
-        return memory.default_budget() if given is None else given * MIB
+        return memory.default_budget(self.device) if given is None else given * MIB
 
     def _over_budget(self, size: tuple[int, int], num_objects: int, plan: str) -> str:
         return (
@@ -214,78 +304,6 @@ class Programs:
             "features of two frames": 2 * memory.tree_bytes(features),
             "two frames and their masks": 2 * frame_bytes,
         }
-
-    def _embed_views(self, variables, frame: UInt8[Array, "height width 3"], views) -> Features:
-        self._log_compilation("embedding", frame.shape[:2], views)
-        return tuple(
-            self.model.apply(
-                variables,
-                test_time.view_frame(frame, view, self.image_format),
-                method=CFBI.embed,
-            )
-            for view in views
-        )
-
-    def _predict_views(
-        self,
-        variables,
-        state: State,
-        features: Features,
-        given: UInt8[Array, "height width"],
-        num_objects: Int[Array, ""],
-        views: tuple[View, ...],
-        num_rows: int,
-        with_probabilities: bool,
-        chunks: Chunks,
-    ) -> tuple[UInt8[Array, "height width"], Float[Array, "rows height width"] | None]:
-        """(rows of all pixels, given ones included; probabilities of the prediction)."""
-        size = given.shape
-        references = state.views[0].reference.shape[0]
-        self._log_compilation(f"{num_rows - 1} objects, {references} references", size, views)
-        packing = None
-        if chunks.rows_at_once:
-            packing = rows_in_groups(1, num_rows, chunks.rows_at_once)
-        logits = []
-        for view_state, (current, low_level) in zip(state.views, features, strict=True):
-            of_view = self.model.apply(
-                variables,
-                view_state.reference[None],
-                view_state.reference_label[None],
-                jnp.full(1, state.num_references),
-                view_state.previous,
-                view_state.previous_label,
-                current,
-                low_level,
-                num_objects[None],
-                num_rows,
-                packing,
-                method=CFBI.segment,
-            )
-            logits.append(of_view[0])
-        probabilities = None
-        if with_probabilities:
-            probabilities = test_time.mean_probabilities(logits, views, size, num_objects)
-            label = jnp.argmax(probabilities, axis=0).astype(jnp.uint8)
-        else:
-            lines = chunks.lines_at_once or size[0]
-            label = test_time.most_likely_rows(logits, views, size, num_objects, lines)
-        return jnp.where(given > 0, given, label), probabilities
-
-    def _log_compilation(self, what: str, size: tuple[int, int], views: tuple[View, ...]) -> None:
-        # Python runs the body of a jitted function exactly when a new program is compiled.
-        self.num_compilations += 1
-        self._views_kept += len(views)
-        seen = ", ".join(
-            f"{view.size[0]} x {view.size[1]}{' mirrored' if view.mirrored else ''}"
-            for view in views
-        )
-        LOGGER.info(
-            "compilation %d: %s, video %d x %d, network %s",
-            self.num_compilations,
-            what,
-            *size,
-            seen,
-        )
 
 
 def _largest(features: Features) -> int:

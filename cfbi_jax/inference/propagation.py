@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cfbi_jax import memory
-from cfbi_jax.inference.programs import LESS_MEMORY, Programs, to_device
+from cfbi_jax.compilation import own_settings
+from cfbi_jax.inference.programs import LESS_MEMORY, Programs
 from cfbi_jax.inference.state import Features, State, remember
 from cfbi_jax.inference.test_time import View
 
@@ -37,6 +38,7 @@ class Prediction:
     ids: tuple[int, ...]  # of rows 1, 2, ...; some may be newer than the probabilities
     with_probabilities: bool
 
+    @own_settings()
     def fetch(self) -> Label | tuple[Label, Probabilities]:
         """Waits for the computation; rows become ids."""
         ids = np.array((0, *self.ids), np.uint8)
@@ -81,6 +83,7 @@ class Propagation:
         self.index += 1
         return self._result(np.zeros(self._size, np.uint8), None, None)
 
+    @own_settings()
     def advance(self, frame: np.ndarray, mask: Label | None) -> Prediction:
         """Dispatches the computation of the next frame and takes it into the state."""
         self._check_frame(frame)
@@ -94,7 +97,7 @@ class Propagation:
 
         probabilities = None
         if self._state is None or known == 0:  # nothing to predict but background
-            rows = to_device(np.zeros(self._size, np.uint8) if given is None else given)
+            rows = programs.to_device(np.zeros(self._size, np.uint8) if given is None else given)
         else:
             num_rows = programs.num_rows(known)
             references = self._state.views[0].reference.shape[0]

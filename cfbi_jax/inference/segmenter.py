@@ -1,9 +1,12 @@
 """`VideoSegmenter`: propagates the masks of given frames through a video."""
 
+import copy
+import inspect
+import logging
 import numbers
 import operator
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cfbi_jax.compilation import DEFAULT, use_compilation_cache
-from cfbi_jax.data.image_files import check_label
+from cfbi_jax.data.image_files import check_label, shades_in
 from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
@@ -21,6 +24,11 @@ from cfbi_jax.memory import MemoryPlan
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import ImageFormat
 from cfbi_jax.weights.checkpoint import Checkpoint, load_checkpoint
+
+LOGGER = logging.getLogger(__name__)
+
+# Seconds that a video which is stopped early waits for the frame that is being read.
+PATIENCE = 1.0
 
 
 class VideoSegmenter:
@@ -37,7 +45,9 @@ class VideoSegmenter:
     background, any other value is an object's id; ids may have gaps. A mask may come with any
     frame; where it is not 0 it overrides the prediction, for new objects and for corrections.
 
-    The options' types and atrous rates replace those of the model's own fields.
+    The options' types and atrous rates replace those of the model's own fields. It stays on the
+    device that was JAX's default when it was made (`with jax.default_device(...)`). JAX's settings
+    in the program around it (64 bits, a mesh, strict promotions) change nothing.
     """
 
     def __init__(
@@ -53,12 +63,12 @@ class VideoSegmenter:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, *, compilation_cache: str | None = DEFAULT, **options
+        cls, path: str | Path, *, compilation_cache: str | Path | None = DEFAULT, **options
     ) -> "VideoSegmenter":
         """Loads a checkpoint folder. `options` are the fields of `Options`.
 
-        `compilation_cache` is the folder where compiled programs are kept between runs ("default":
-        see `compilation.use_compilation_cache`; None: nowhere).
+        `compilation_cache` is the folder where this process' compiled programs are kept between
+        runs ("default": see `compilation.use_compilation_cache`; None: JAX's settings stay).
 
         Raises ValueError for an option out of its range, and the errors of `load_checkpoint`.
         """
@@ -87,7 +97,7 @@ class VideoSegmenter:
         background.
 
         Args:
-          frames: RGB frames, all of one size.
+          frames: RGB frames, all of one size. A generator is closed at the end, early or not.
           masks: the given masks by frame index; at least one must hold an object.
           return_probabilities: yields (label, float32 [1 + objects, height, width]): background,
             then the ids known so far in ascending order. Given pixels are certain. They are
@@ -107,12 +117,16 @@ class VideoSegmenter:
             raise TypeError(f"frames is {frames!r}; expected arrays, such as read_frames gives")
         # Copies: the caller may write over masks and frames before they are used.
         masks = {
-            operator.index(i): np.array(check_label(mask, f"mask of frame {i}"))
+            operator.index(i): np.array(_checked(mask, f"mask of frame {i}"))
             for i, mask in masks.items()
         }
         self._check_masks(masks)
-        if isinstance(frames, Sized):
-            _check_all_masks_used(masks, len(frames))
+        try:
+            count = len(frames)
+        except TypeError:  # only known at the end; progress bars may have no length, either
+            pass
+        else:
+            _check_all_masks_used(masks, count)
         return self._segment(frames, masks, return_probabilities, times)
 
     def _segment(self, frames, masks, return_probabilities, times):
@@ -122,7 +136,7 @@ class VideoSegmenter:
         finished: Prediction | None = None
         clock = _Clock(times)
         try:
-            for index, frame in enumerate(prefetch(_copies(frames))):
+            for index, frame in enumerate(prefetch(_copies(frames), PATIENCE)):
                 count += 1
                 if index == 0:
                     _check_mask_size(masks[first], frame, first)
@@ -155,7 +169,7 @@ class VideoSegmenter:
 
         `mask` may be empty. Errors: those of `segment`, after which the last video goes on.
         """
-        mask = check_label(mask, "mask of frame 0")
+        mask = _checked(mask, "mask of frame 0")
         self._check_masks({0: mask}, empty_allowed=True)
         video = Propagation(self.programs, with_probabilities=False)
         label = video.advance(frame, mask).fetch()
@@ -165,14 +179,17 @@ class VideoSegmenter:
     def step(self, frame: np.ndarray, mask: np.ndarray | None = None) -> Label:
         """The label of the next frame of the video that `start` began.
 
-        Errors: those of `segment`, after which the same frame can be tried again, and ValueError
-        before `start`.
+        Errors: those of `segment`, after which (Ctrl-C, too) the same frame can be tried again, and
+        ValueError before `start`.
         """
         if self._video is None:
             raise ValueError("step was called before start")
         if mask is not None:
-            mask = check_label(mask, f"mask of frame {self._video.index}")
-        return self._video.advance(frame, mask).fetch()
+            mask = _checked(mask, f"mask of frame {self._video.index}")
+        video = copy.copy(self._video)  # its state is immutable
+        label = video.advance(frame, mask).fetch()
+        self._video = video
+        return label
 
     def _check_masks(self, masks: Mapping[int, Label], empty_allowed: bool = False) -> None:
         if any(index < 0 for index in masks):
@@ -205,6 +222,15 @@ class VideoSegmenter:
         return self.programs.plan(size, num_objects, num_references)
 
 
+def _checked(mask: np.ndarray, name: str) -> Label:
+    """The mask as a label map; a warning where its ids look like shades, which are no error here:
+    clicks and thin lines may be the objects of an array."""
+    label = check_label(mask, name)
+    if shades := shades_in(label):
+        LOGGER.warning("%s: %s", name, shades)
+    return label
+
+
 def _copies(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """The frames, each as it is when it comes: a source may fill one array again and again."""
     iterator = iter(frames)
@@ -212,7 +238,7 @@ def _copies(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame in iterator:
             yield frame.copy() if isinstance(frame, np.ndarray) else frame
     finally:
-        if hasattr(iterator, "close"):
+        if inspect.isgenerator(iterator):
             iterator.close()
 
 

@@ -27,6 +27,8 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from cfbi_jax.compilation import default_device
+
 # (piece of the query, piece of the reference), the smallest products first.
 PRODUCTS = {1: [(0, 0)], 3: [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]}
 # 16-bit numbers that make up one number of a type.
@@ -69,8 +71,7 @@ def blocks_here(dtype: DTypeLike, channels: int) -> Blocks | None:
     """For JAX's default device; None where it is no GPU, or one that the kernel is not for."""
     if os.environ.get(SWITCH) == "off":
         return None
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    shared_kib = SHARED_KIB.get(getattr(device, "compute_capability", None))
+    shared_kib = SHARED_KIB.get(getattr(default_device(), "compute_capability", None))
     return shared_kib and blocks_for(dtype, channels, shared_kib)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cfbi_jax.compilation import default_device, own_settings
 from cfbi_jax.models.cfbi import CFBI, build_model, model_config, parameter_shapes
 from cfbi_jax.models.images import ImageFormat
 
@@ -85,20 +86,23 @@ def first_line(error: Exception) -> str:
 
 def check_writable_by_orbax(path: Path) -> None:
     """Raises ValueError for a path with `[`: Orbax 0.11 would look for its own parts with the path
-    as a pattern, find none and leave a checkpoint that cannot be read."""
-    if "[" in str(path.absolute()):
-        raise ValueError(
-            f"{path.absolute()}: checkpoints cannot be written below a folder with [ in its name; "
-            "expected another folder"
-        )
+    as a pattern, find none and leave a checkpoint that cannot be read; a backslash it takes for a
+    slash."""
+    for bad in "[\\":
+        if bad in str(path.absolute()):
+            raise ValueError(
+                f"{path.absolute()}: checkpoints cannot be written below a folder with {bad} in "
+                "its name; expected another folder"
+            )
 
 
+@own_settings()
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint folder onto the first device of this process.
+    """Reads a checkpoint folder onto JAX's default device, else the first of this process.
 
     Raises FileNotFoundError where there is none, and ValueError for another kind of file or
     folder, or where the arrays are not those of the architecture that the checkpoint names or hold
-    NaN or infinity.
+    NaN or infinity. PermissionError and MemoryError are what they say, and no damage.
     """
     import orbax.checkpoint as ocp
 
@@ -124,7 +128,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         variables = _read_variables(path / "variables", model)
         check_shapes(variables, model, path)
     check_finite(variables, path)
-    return Checkpoint(model, jax.device_put(variables, jax.local_devices()[0]), image_format)
+    return Checkpoint(model, jax.device_put(variables, default_device()), image_format)
 
 
 def _read_variables(folder: Path, model: CFBI) -> dict:
@@ -167,7 +171,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: damaged checkpoint, its config is no JSON: {error}") from error
-    except ValueError:
+    except (ValueError, PermissionError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{path}: damaged checkpoint: {first_line(error)}") from error

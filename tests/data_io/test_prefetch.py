@@ -43,6 +43,25 @@ def test_prefetch_raises_errors_after_the_items_before_them():
     assert not prefetch_threads()
 
 
+def test_a_consumer_that_stops_waits_for_an_item_so_long_and_no_longer():
+    more, closed = threading.Event(), threading.Event()
+
+    def items():
+        try:
+            yield 0
+            more.wait(60)
+            yield 1
+        finally:
+            closed.set()
+
+    stream = prefetch(items(), patience=0.1)
+    assert next(stream) == 0
+    stream.close()
+    assert prefetch_threads() and not closed.is_set()
+    more.set()
+    assert closed.wait(30)  # the thread does what was left to it
+
+
 def test_prefetch_ends_with_its_consumer_and_closes_its_source():
     closed = threading.Event()
 

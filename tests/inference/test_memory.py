@@ -157,7 +157,7 @@ def test_plan_compiles_what_the_video_runs():
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         segmenter.plan((40, 56), num_objects=4)
-        assert compiled == ["jit(_embed_views)", "jit(_predict_views)"]
+        assert compiled == ["jit(embed_views)", "jit(predict_views)"]
         list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
         assert len(compiled) == 2
     finally:

@@ -147,6 +147,18 @@ def test_damaged_arrays(tmp_path, network):
         cfbi_jax.load_checkpoint(tmp_path / "ckpt")
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path, network, monkeypatch, error):
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("cfbi_jax.weights.checkpoint._read_variables", fails)
+    with pytest.raises(type(error)):
+        cfbi_jax.load_checkpoint(tmp_path / "ckpt")
+
+
 ALONE = """
 import sys
 import jax
