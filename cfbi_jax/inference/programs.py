@@ -142,7 +142,6 @@ class Programs:
         self, model: CFBI, variables: Mapping, image_format: ImageFormat, options: Options
     ):
         self.options = options
-        self.image_format = image_format
         self.model = model.clone(
             global_atrous_rate=options.global_atrous_rate,
             local_atrous_rate=options.local_atrous_rate,
