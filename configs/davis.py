@@ -4,11 +4,12 @@
         --config.init_from=deeplab_resnet101.pth
 
 Trains on the full-resolution pictures where the folder has them, as trainers of the authors' family
-do; `--config.sources.davis.full_resolution=False` takes the 480p ones, which decode faster: one
-core makes 22 clips per second of 480 x 854 pictures, 6.4 of 1080 x 1920 and 1.9 of 2160 x 3840, so
-give a fast GPU `--config.workers=8` or more. Rate and number of steps are the paper's (batch 6: 3
-videos on each of 2 GPUs). The set is small and over-fits: the best weights by J&F are kept, which
-the authors found around step 30,000.
+do, made small bicubically as theirs, that is without a low-pass filter: they are sharper than the
+480p ones, which `--config.sources.davis.full_resolution=False` takes. Those decode faster: one core
+makes 22 clips per second of 480 x 854 pictures, 6.4 of 1080 x 1920 and 1.9 of 2160 x 3840, so give
+a fast GPU `--config.workers=8` or more. Rate and number of steps are the paper's (batch 6: 3 videos
+on each of 2 GPUs). The set is small and over-fits: the best weights by J&F are kept, which the
+authors found around step 30,000.
 
 Evaluates weights alone (PNGs, the official tool's tables, the server's zip):
 

@@ -75,7 +75,7 @@ def view_frame(frame: UInt8[np.ndarray, "h w 3"], view: View) -> UInt8[np.ndarra
     scale_y, scale_x = view.size[0] / height, view.size[1] / width
     end_y, end_x = view.top + view.side, view.left + view.side
     # Positions count from the top left corner, so that scaling only as far as the window reaches
-    # gives the very pixels of the whole scaled frame.
+    # gives the pixels of the whole scaled frame (in large ones a few are off by one).
     rows = min(height, math.ceil(end_y / scale_y) + _CUBIC_REACH)
     columns = min(width, math.ceil(end_x / scale_x) + _CUBIC_REACH)
     scaled = cv2.resize(
