@@ -14,7 +14,9 @@ from cfbi_jax.data.augment import NOBODY, objects_above
 from cfbi_jax.data.clips import ClipSource, TrainingVideo
 
 # Largest translations (share of the short edge, x and y), rotation (radians), logarithm of the
-# scale, and shear on a path. Eight frames then move about as much as those of DAVIS.
+# scale, and shear on a path. With eight frames an object's centre moves by 2.8 % of the short edge
+# from one to the next (median), on the videos of docs/real_video.md by 0.8 %, and the reference is
+# among a clip's other frames in 45 %, there in 4 %; with twenty 1.1 % and 19 %.
 _OBJECT_RANGE = np.array([0.15, 0.15, 0.35, 0.15, 0.1])
 _BACKGROUND_RANGE = np.array([0.06, 0.06, 0.1, 0.06, 0.03])
 
