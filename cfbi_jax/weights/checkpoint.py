@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ import numpy as np
 from cfbi_jax.compilation import default_device, own_settings
 from cfbi_jax.models.cfbi import CFBI, build_model, model_config, parameter_shapes
 from cfbi_jax.models.images import ImageFormat
+
+# How long threads of a writing that failed may go on with what they have begun.
+REMOVAL_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +69,16 @@ def save_checkpoint(
             checkpointer.save(path, args=items)
     except Exception as error:  # Orbax and TensorStore raise all kinds
         # Orbax' name; a killed process leaves it, and the next one begins by removing it.
-        shutil.rmtree(path.with_name(f"{path.name}.orbax-checkpoint-tmp"), ignore_errors=True)
+        _remove(path.with_name(f"{path.name}.orbax-checkpoint-tmp"))
         raise not_written(path, first_line(error)) from error
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads may still be writing for a moment."""
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)  # what comes meanwhile is gone with the next turn
 
 
 def not_written(path: Path, why: str) -> OSError:

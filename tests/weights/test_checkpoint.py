@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,27 @@ def test_never_overwrites(tmp_path, network):
     (tmp_path / "ckpt").mkdir()
     with pytest.raises(FileExistsError, match="ckpt"):
         cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+
+
+def test_leftovers_go_although_threads_still_write(tmp_path, network, monkeypatch):
+    """As Orbax' do, for a moment after the error."""
+    import orbax.checkpoint as ocp
+
+    leftovers = tmp_path / "ckpt.orbax-checkpoint-tmp" / "variables"
+
+    def write():
+        leftovers.mkdir(parents=True, exist_ok=True)
+        (leftovers / "late").touch()
+
+    def fails(*_, **__):
+        write()
+        threading.Timer(0.05, write).start()
+        raise ValueError("OUT_OF_RANGE")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fails)
+    with pytest.raises(OSError, match="could not be written"):
+        cfbi_jax.save_checkpoint(tmp_path / "ckpt", *network, OFFICIAL_FORMAT)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax' threads
