@@ -22,7 +22,8 @@ def default_config() -> ConfigDict:
         {k: tuple(v) if isinstance(v, list) else v for k, v in model_config(CFBI()).items()}
     )
     # Folder for compiled programs; "" turns it off. "default": JAX' own if that is set
-    # (JAX_COMPILATION_CACHE_DIR), else $XDG_CACHE_HOME/cfbi_jax, ~/.cache/cfbi_jax.
+    # (JAX_COMPILATION_CACHE_DIR, or off by JAX_ENABLE_COMPILATION_CACHE=false), else
+    # $XDG_CACHE_HOME/cfbi_jax, ~/.cache/cfbi_jax.
     config.compilation_cache = "default"
 
     # ---- Evaluation ----
