@@ -140,6 +140,8 @@ def source(**fields) -> ConfigDict:
     config.weight = 1
     # Take single pictures and their masks, and move them at random (pre-training).
     config.static = False
+    # Frames of the videos made of them: with more the motion from one to the next is smaller.
+    config.static_frames = 8
     # Paste another video's objects into this share of the videos (`data.pasted`).
     config.paste = 0.0
     config.lock()

@@ -69,7 +69,7 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
             prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
         )
     if source["static"]:
-        videos = StaticClips(videos)
+        videos = StaticClips(videos, source["static_frames"])
     return PastedVideos(videos, source["paste"]) if source["paste"] else videos
 
 

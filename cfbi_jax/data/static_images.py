@@ -32,7 +32,7 @@ class StaticClips:
 
     def __init__(self, source: ClipSource, num_frames: int = 8):
         if num_frames < 2:
-            raise ValueError(f"num_frames = {num_frames}; expected two at least for motion")
+            raise ValueError(f"static_frames = {num_frames}; expected two at least for motion")
         self.source = source
         self._num_frames = num_frames
 

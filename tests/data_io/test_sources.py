@@ -119,6 +119,10 @@ def test_static(tmp_path, davis_root):
     assert [video.name for video in videos] == [f"synthetic-000{i}" for i in (1, 2, 3)]
     assert {len(video) for video in videos} == {8}  # the files have three frames
     assert not np.array_equal(videos[0].frame(0), videos[0].frame(7))
+    longer = make(tmp_path, **fields, static_frames=20)
+    assert {len(video) for video in videos_of(longer)} == {20}
+    with pytest.raises(ValueError, match="static_frames = 1; expected two at least"):
+        make(tmp_path, **fields, static_frames=1)
 
 
 def test_paste(tmp_path, davis_root):

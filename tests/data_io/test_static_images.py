@@ -220,7 +220,7 @@ def test_only_frames_with_an_object_are_taken():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="num_frames = 1; expected two"):
+    with pytest.raises(ValueError, match="static_frames = 1; expected two"):
         static_images.StaticClips(OneVideo(Still(two_objects())), 1)
 
 
