@@ -127,16 +127,16 @@ def nearest_squared_distance(
     if blocks := blocks_here(query.dtype, query.shape[1]):
         return _by_kernel(query, reference, label, num_rows, blocks, with_index=False)[0]
 
-    tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
+    tiles = _doubled_tiles(reference, label, num_rows)
 
     def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
         def one_tile(nearest, tile):
             return nearest.at[tile.row].min(jnp.min(distances(tile), axis=-1)), None
 
-        distances = _tile_distances(query)
-        start = jnp.full((num_rows, query.shape[0]), FAR, query.dtype)
+        distances, rest = _tile_distances(query)
+        start = jnp.full((num_rows, query.shape[0]), jnp.inf, query.dtype)
         nearest, _ = jax.lax.scan(one_tile, start, tiles)
-        return nearest
+        return jnp.minimum(nearest + rest, FAR)
 
     return _by_query_chunks(one_chunk, query)
 
@@ -147,28 +147,29 @@ def _nearest_forward(query, reference, label, num_rows):
         nearest, index = _by_kernel(query, reference, label, num_rows, blocks, with_index=True)
         return nearest, (query, reference, label, index)
 
-    tiles, _ = _tiles_by_row(reference, label, num_rows, _tile_size(reference))
+    tiles = _doubled_tiles(reference, label, num_rows)
 
     def one_chunk(query):
         def one_tile(carry, tile):
             nearest, index = carry
-            squared = distances(tile)
-            least = jnp.min(squared, axis=-1)
+            of_tile = distances(tile)
+            least = jnp.min(of_tile, axis=-1)
             # Two plain minima: XLA's CPU backend does not vectorise an arg-min.
-            slots = jnp.arange(squared.shape[1], dtype=jnp.int32)
-            slot = jnp.min(jnp.where(squared == least[:, None], slots, slots.size - 1), axis=-1)
+            slots = jnp.arange(of_tile.shape[1], dtype=jnp.int32)
+            slot = jnp.min(jnp.where(of_tile == least[:, None], slots, slots.size - 1), axis=-1)
             closer = least < nearest[tile.row]
             nearest = nearest.at[tile.row].min(least)
             found = jnp.where(closer, tile.source[slot], index[tile.row])
             return (nearest, index.at[tile.row].set(found)), None
 
-        distances = _tile_distances(query)
+        distances, rest = _tile_distances(query)
         start = (
-            jnp.full((num_rows, query.shape[0]), FAR, query.dtype),
+            jnp.full((num_rows, query.shape[0]), jnp.inf, query.dtype),
             jnp.full((num_rows, query.shape[0]), -1, jnp.int32),
         )
-        carry, _ = jax.lax.scan(one_tile, start, tiles)
-        return carry
+        (nearest, index), _ = jax.lax.scan(one_tile, start, tiles)
+        nearest = nearest + rest
+        return jnp.minimum(nearest, FAR), jnp.where(nearest < FAR, index, -1)
 
     nearest, index = _by_query_chunks(one_chunk, query)
     return nearest, (query, reference, label, index)
@@ -205,10 +206,6 @@ def _by_kernel(query, reference, label, num_rows, blocks, with_index):
     return nearest.T, index
 
 
-def _tile_size(reference: Float[Array, "p c"]) -> int:
-    return min(_chunk_sizes()[1], reference.shape[0])
-
-
 def _chunk_sizes() -> tuple[int, int]:
     """Query pixels and reference pixels of a chunk of the distance matrix."""
     if jax.default_backend() == "cpu":
@@ -216,15 +213,30 @@ def _chunk_sizes() -> tuple[int, int]:
     return LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE
 
 
-def _tile_distances(query: Float[Array, "chunk c"]) -> Callable:
-    """Tile -> squared distances [chunk, n]; infinite where the tile is padding."""
-    query_norm = _squared_norm(query)[:, None]
+def _doubled_tiles(
+    reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
+) -> "_Tiles":
+    """For `_tile_distances`: the pixels times -2, which is exact, here once and not the products."""
+    tile = min(_chunk_sizes()[1], reference.shape[0])
+    tiles, _ = _tiles_by_row(reference, label, num_rows, tile)
+    return tiles._replace(pixels=-2 * tiles.pixels)
+
+
+def _tile_distances(query: Float[Array, "chunk c"]) -> tuple[Callable, Float[Array, " chunk"]]:
+    """Tile of doubled pixels -> squared distances [chunk, n], infinite where the tile is padding,
+    but for what is the same for all pixels; and that, to be added to the least of them.
+
+    That is |q|^2 in float32. Half precision has the released network's sums in their order.
+    """
+    query_norm = _squared_norm(query)
 
     def distances(tile: "_Tiles"):
         product = _rounded(jnp.einsum("qc,pc->qp", query, tile.pixels))
-        return _rounded(query_norm + tile.norms) - 2 * product
+        if query.dtype == jnp.float32:
+            return tile.norms + product
+        return _rounded(query_norm[:, None] + tile.norms) + product
 
-    return distances
+    return distances, query_norm if query.dtype == jnp.float32 else jnp.zeros_like(query_norm)
 
 
 def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):

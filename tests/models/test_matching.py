@@ -391,6 +391,16 @@ def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch,
     )
 
 
+def test_what_is_beyond_far_pulls_at_nothing(small_parts):
+    query, reference = jnp.zeros((2, 2)), jnp.array([[0.0, 300.0], [1.0, 2.0], [400.0, 0.0]])
+    run = value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
+    label = jnp.array([1, 0, 1], jnp.uint8)
+    (_, nearest), (query_gradient, gradient) = run(query, reference, label, jnp.ones((2, 2)))
+    np.testing.assert_array_equal(nearest, [[5, FAR], [5, FAR]])
+    np.testing.assert_array_equal(gradient, [[0, 0], [4, 8], [0, 0]])
+    np.testing.assert_array_equal(query_gradient, [[-2, -4], [-2, -4]])
+
+
 def test_half_precision_adds_up_many_gradients():
     """All of 4,000 query pixels pull at one reference pixel; each adds about 1 to the sum."""
     rng = np.random.default_rng(0)
