@@ -55,7 +55,7 @@ def rows_in_groups(batch: int, num_rows: int, size: int) -> Packing:
 class PixelEmbedding(nn.Module):
     """Depthwise separable convolution to the pixel embedding (not negative: it ends in a ReLU)."""
 
-    features: int = 100
+    features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -70,7 +70,7 @@ class PixelEmbedding(nn.Module):
 class MatchingFeature(nn.Module):
     """Reduces distance maps and the previous mask to one feature per row (the `prehead`)."""
 
-    features: int = 64
+    features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

@@ -45,8 +45,8 @@ class ResizedConvBnRelu(nn.Module):
 class Aspp(nn.Module):
     """Parallel 1x1, three dilated 3x3 and a global average, concatenated and projected."""
 
-    features: int = 256
-    dropout: float = 0.1
+    features: int
+    dropout: float
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -68,8 +68,8 @@ class Aspp(nn.Module):
 class Decoder(nn.Module):
     """Refines the pyramid's output at stride 4 with the backbone's low-level features."""
 
-    features: int = 256
-    low_level_features: int = 48
+    features: int
+    low_level_features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -84,11 +84,11 @@ class Decoder(nn.Module):
 class DeepLab(nn.Module):
     """`backbone` is "resnet101" or "mobilenet_v2"; `resnet_*` and `features` set its size."""
 
-    backbone: str = "resnet101"
-    resnet_blocks: tuple[int, ...] = (3, 4, 23, 3)
-    resnet_width: int = 64
-    features: int = 256
-    dropout: float = 0.1
+    backbone: str
+    resnet_blocks: tuple[int, ...]
+    resnet_width: int
+    features: int
+    dropout: float
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

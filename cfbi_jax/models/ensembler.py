@@ -123,7 +123,7 @@ class LogitPair(nn.Module):
 
 
 class CollaborativeEnsembler(nn.Module):
-    features: int = 256
+    features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -165,7 +165,7 @@ class CollaborativeEnsembler(nn.Module):
 class FeelvosHead(nn.Module):
     """Four depthwise separable convolutions, 7x7 (Voigtlaender et al., CVPR 2019, section 3.5)."""
 
-    features: int = 256
+    features: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

@@ -36,8 +36,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stage 4 keeps stride 16 and dilates by 2 times the multi-grid instead."""
 
-    blocks: tuple[int, ...] = (3, 4, 23, 3)
-    width: int = 64
+    blocks: tuple[int, ...]
+    width: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact

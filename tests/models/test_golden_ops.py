@@ -181,7 +181,7 @@ def test_aspps(resnet_variables):
         part(resnet_variables, "ensembler", "aspp"), to_nhwc(OPS["aspp_head_in"])
     )
     assert_channels(found, OPS["aspp_head_out"], step=1)
-    found = deeplab.Aspp().apply(
+    found = deeplab.Aspp(256, dropout=0.1).apply(
         part(resnet_variables, "deeplab", "aspp"), to_nhwc(OPS["aspp_deeplab_in"])
     )
     assert_channels(found, OPS["aspp_deeplab_out"], step=1, atol=5e-5)
@@ -189,7 +189,7 @@ def test_aspps(resnet_variables):
 
 def test_matching_feature(resnet_variables):
     variables = part(resnet_variables, "matching_feature")
-    found = MatchingFeature().apply(variables, to_nhwc(OPS["prehead_in"]))
+    found = MatchingFeature(64).apply(variables, to_nhwc(OPS["prehead_in"]))
     assert_channels(found, OPS["prehead_out"], step=1)
 
 
