@@ -33,6 +33,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(_) -> None:
     _log_to_screen()
     config = CONFIG.value
+    if not WORKDIR.value:  # a shell's variable that is not set
+        sys.exit("error: --workdir is empty; expected a folder")
     try:
         _expand_home(config)
     except OSError as error:  # no such file; ml_collections says so when it is first used

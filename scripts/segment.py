@@ -12,6 +12,8 @@ from 0, whatever pictures are called, and where a later mask is 0 the prediction
     OUT/overlay.mp4            --overlay: the video with the objects coloured
     OUT/cutouts/1/00000.png    --cutouts: object 1, all else black and transparent
 
+What an interrupted run has made stays, and is never replaced: delete it to repeat the command.
+
 `--option NAME=VALUE` sets a field of `cfbi_jax.inference.options.Options`:
 `--option "scales=(1.0, 1.3)" --option compute_dtype=bfloat16`. Bad input gives a message and exit
 status 1.
@@ -21,7 +23,6 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import math
 import os
 import re
 import signal
@@ -49,8 +50,6 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.video import MaskWriter, open_video, overlay, read_frames
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
-# Files that state the number of their frames; others only estimate it.
-EXACT = (".mp4", ".m4v", ".mov", ".avi")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +59,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, type=path_of)
     parser.add_argument("--video", required=True, type=path_of, help="video file or folder")
     parser.add_argument(
-        "--masks", required=True, nargs="+", metavar="[FRAME=]PNG", help="frame 0 if not named"
+        "--masks",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="[FRAME=]PNG",
+        help="frame 0 if not named",
     )
     parser.add_argument("--output", required=True, type=path_of)
     parser.add_argument("--overlay", action="store_true", help="write OUT/overlay.mp4")
@@ -100,7 +104,8 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields a function that adds an RGB frame. The file appears complete or not at all.
+    """Yields a function that adds an RGB frame. The file appears at the end; where an error or
+    Ctrl-C is the end, with the frames so far, as those of the masks.
 
     Codecs want even sizes: an odd one is filled up with its last row or column.
     Errors: OSError where OpenCV cannot write such a file, or wrote less than it was given.
@@ -123,16 +128,20 @@ def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray
         writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
         written += 1
 
+    ended = False
     try:
         yield write
-        writer.release()
-        found, _ = stated_by(temporary)  # OpenCV does not say that the disk is full
-        if found != written:
-            raise OSError(f"{path}: {found} of {written} frames were written; a full disk?")
-        os.replace(temporary, path)
+        ended = True
     finally:
         writer.release()
-        temporary.unlink(missing_ok=True)
+        try:
+            found = stated_by(temporary)[0] if written else 0
+            if ended and found != written:  # OpenCV does not say that the disk is full
+                raise OSError(f"{path}: {found} of {written} frames were written; a full disk?")
+            if found:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def stated_by(video: Path) -> tuple[int, float]:
@@ -145,22 +154,32 @@ def stated_by(video: Path) -> tuple[int, float]:
     return max(int(count), 0), max(per_second, 0.0)
 
 
+def count_frames(video: Path) -> int:
+    """Frames of a video file that can be read. Decodes all: what files state is an estimate, or
+    counts frames that are cut off."""
+    capture = open_video(video)
+    try:
+        return sum(1 for _ in iter(capture.grab, False))
+    finally:
+        capture.release()
+
+
 def main(arguments: argparse.Namespace) -> None:
     options = Options(**options_of(arguments.option))
     video, output = arguments.video, arguments.output
     frames = read_frames(video)
+    size = next(read_frames(video)).shape[:2]
+    paths = mask_paths(arguments.masks)
     names, per_second = None, PICTURES_PER_SECOND
     if video.is_dir():
         names = [path.stem for path in list_frames(video)]
-        count = last = len(names)
+        count = len(names)
     else:
         count, stated = stated_by(video)
         per_second = stated or per_second
-        last = count or math.inf
-        if video.suffix.lower() not in EXACT:
-            last /= 0.9
-    paths = mask_paths(arguments.masks)
-    late = [frame for frame in sorted(paths) if frame >= last]
+        if any(paths):
+            count = count_frames(video)
+    late = [frame for frame in sorted(paths) if frame and frame >= count]
     if late:
         raise ValueError(f"masks for frames {late}; {video} has {count} frames, from 0 on")
     for frame, path in sorted(paths.items()):
@@ -169,6 +188,12 @@ def main(arguments: argparse.Namespace) -> None:
         if frame and names:
             print(f"{path}: the mask of {names[frame]}")
     masks = {frame: read_mask(path) for frame, path in paths.items()}
+    for frame, mask in masks.items():
+        if mask.shape != size:
+            raise ValueError(
+                f"{paths[frame]}: {mask.shape[0]} x {mask.shape[1]} pixels (height x width); "
+                f"expected {size[0]} x {size[1]} as the frames of {video}, upright"
+            )
     palette = read_palette(paths[min(paths)])
     if palette is None:
         palette = VOC_PALETTE
@@ -214,11 +239,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no temporary file
+    for number in (signal.SIGTERM, signal.SIGHUP):  # leave no temporary file
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         main(parse_arguments())
     except KeyboardInterrupt:
-        print("interrupted: --output holds the first frames only", file=sys.stderr)
+        said = "interrupted: --output holds the first frames only; delete it to repeat the command"
+        print(said, file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")

@@ -571,6 +571,7 @@ def test_quickstart_command(tmp_path):
     "arguments, message",
     [
         (["--config.data.rot=x"], "rot"),  # an unknown field is refused
+        (["--workdir="], "error: --workdir is empty"),
         (["--config.mode=trian"], 'error: config.mode is "trian"'),
         (["--config.mode=eval"], "error: config.checkpoint is empty"),
         (["--config.mode=eval", "--config.untrained=True"], "error: config.data.root is empty"),

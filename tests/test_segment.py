@@ -10,6 +10,7 @@ import pytest
 from from_scripts import load_script
 from PIL import Image
 from small import mask_of, random_video, small_network
+from video_files import state_frames, write_clip
 
 import cfbi_jax
 from cfbi_jax.data.image_files import read_mask, read_palette, write_image, write_mask
@@ -35,6 +36,9 @@ def inputs(tmp_path_factory):
     palette = np.random.default_rng(0).integers(0, 256, (256, 3)).astype(np.uint8)
     write_mask(root / "first.png", FIRST, palette)
     write_mask(root / "later.png", LATER)
+    write_mask(root / "large.png", np.pad(LATER, (0, 1)))
+    write_clip(root / "trimmed.avi", random_video(3))
+    state_frames(root / "trimmed.avi", 9)
     return root
 
 
@@ -154,11 +158,15 @@ def test_a_video_that_is_not_whole_is_not_kept(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_fails_leaves_no_video_and_no_temporary_file(script, tmp_path):
-    with pytest.raises(KeyError), script.video_writer(tmp_path / "x.mp4", 24.0) as write:
-        write(np.zeros((16, 16, 3), np.uint8))
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("written", [0, 2])
+def test_of_what_fails_the_frames_so_far_stay(script, tmp_path, written, error):
+    with pytest.raises(error), script.video_writer(tmp_path / "x.mp4", 24.0) as write:
+        for _ in range(written):
+            write(np.zeros((16, 16, 3), np.uint8))
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"] * (written > 0)
+    assert len(frames_of(tmp_path / "x.mp4")[0]) == written
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,11 @@ def test_what_fails_leaves_no_video_and_no_temporary_file(script, tmp_path):
         (dict(masks=["first.png", "5=later.png"]), r"masks for frames \[5\]; .* has 5 frames"),
         (dict(masks=["pictures/shot 8.png"]), "shot 8.png: a mask among the pictures"),
         (dict(masks=["none.png"]), "none.png"),
+        (dict(masks=["first.png", "2=large.png"]), "large.png: 41 x 57 .* expected 40 x 56 as the"),
+        (
+            dict(video="trimmed.avi", masks=["first.png", "4=later.png"]),
+            r"frames \[4\]; .* has 3 f",
+        ),
         (dict(video="none.mp4"), "none.mp4: no such folder of frames or video file"),
         (
             dict(more=["--option", "scale=2"]),
@@ -188,6 +201,13 @@ def test_bad_input_is_known_before_anything_is_written(script, inputs, tmp_path,
     with pytest.raises((OSError, ValueError), match=message):
         run(script, inputs, tmp_path / "out", *changes.pop("more", ()), **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_masks_may_be_given_one_by_one(script):
+    given = ["--checkpoint=c", "--video=v", "--output=o", "--masks=a.png", "--masks", "4=b.png"]
+    assert script.parse_arguments(given).masks == ["a.png", "4=b.png"]
+    with pytest.raises(SystemExit):
+        script.parse_arguments([*given, "--output="])
 
 
 @pytest.mark.parametrize("nothing", ["", "4="])

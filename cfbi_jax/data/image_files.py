@@ -23,6 +23,9 @@ from jaxtyping import Integer, UInt8
 from PIL import Image
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_KINDS = ", ".join(FRAME_SUFFIXES)
+# Pictures, too, which we do not read: left out in silence, a video would lack frames.
+_OTHER_SUFFIXES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".gif", ".jp2", ".jfif", ".exr")
 
 # More objects than DAVIS or YouTube-VOS have in one video (about 10); a ramp of grey has far more.
 MAX_IDS_IN_MASK = 64
@@ -60,29 +63,35 @@ VOC_PALETTE = _voc_palette()
 
 
 def path_of(text: str) -> Path:
-    """A path as it is written on a command line: shells leave the ~ of `--output=~/OUT`."""
+    """A path as it is written on a command line: shells leave the ~ of `--output=~/OUT`.
+
+    Errors: ValueError for no text, which would be the current folder: a shell's variable not set.
+    """
+    if not text:
+        raise ValueError("expected a path, found nothing")
     return Path(text).expanduser()
 
 
 def list_frames(folder: Path | str) -> list[Path]:
     """The pictures in a folder, in the order of the numbers in their names (9.png before 10.png).
 
-    Errors: FileNotFoundError for a missing folder or one without pictures; ValueError for two
-    pictures that differ in their suffix only, as their masks would have the same name, and for a
-    picture without a number among those that are named by one: a preview, say, or a mask.
+    Errors: FileNotFoundError for a missing folder or one without pictures; ValueError for pictures
+    of kinds that are not read, for two that differ in their suffix only, as their masks would have
+    the same name, and for a picture without a number among those that are named by one: a preview,
+    say, or a mask.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such folder; expected one with the frames of a video"
         )
-    frames = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
-    ]
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    others = sorted(path for path in files if path.suffix.lower() in _OTHER_SUFFIXES)
+    if others:
+        raise ValueError(f"{others[0]}: not a kind of picture that is read; expected {_KINDS}")
+    frames = [path for path in files if path.suffix.lower() in FRAME_SUFFIXES]
     if not frames:
-        raise FileNotFoundError(f"{folder}: no frames; expected files like 00000.jpg")
+        raise FileNotFoundError(f"{folder}: no frames; expected files like 00000.jpg ({_KINDS})")
     frames.sort(key=lambda path: (_natural_order(path.stem), path.name))
     for path, following in itertools.pairwise(frames):
         if path.stem == following.stem:
@@ -266,8 +275,10 @@ def replacing(path: Path | str) -> Iterator[Path]:
     folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Unique among threads and processes; hidden and without the suffix, so that no one reads it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    # Unique among threads and processes; hidden and without the suffix, so that no one reads it; no
+    # longer than names may be.
+    start = path.name.encode()[:100].decode(errors="ignore")
+    temporary = path.with_name(f".{start}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -30,8 +30,9 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     that is to be turned (EXIF) is an error, as masks drawn on the turned one would not fit.
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
-    no video or picture or is cut short (mp4 and AVI), a damaged frame, a frame of another size, no
-    frame. Fewer frames than a video file states are told: it may only estimate them, or hide some.
+    no video or picture or is cut short (mp4 and AVI), a damaged frame, a picture of another size,
+    no frame. Fewer frames than a video file states are told: it may only estimate them, or hide
+    some. OpenCV scales a video file's frames to the size of its first.
     """
     source = Path(source)
     if source.is_dir():
@@ -39,7 +40,11 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
         size = image_files.image_size(paths[0])
         for path in paths:
             found = image_files.image_size(path)
-            _check_frame_size(path.name, found, size, source)
+            if found != size:
+                raise ValueError(
+                    f"{source}: {path.name} has {found[0]} x {found[1]} pixels (height x width); "
+                    f"expected {size[0]} x {size[1]} as in the first frame"
+                )
         return (image_files.read_frame(path) for path in paths)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such folder of frames or video file")
@@ -83,13 +88,11 @@ def _decode_video(
     """Yields the RGB frames of an opened video file and releases it."""
     try:
         stated = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))  # 0 or less: not known
-        decoded, size = 0, None
+        decoded = 0
         while True:
             good, bgr = capture.read()
             if not good:
                 break
-            size = size or bgr.shape[:2]
-            _check_frame_size(f"frame {decoded}", bgr.shape[:2], size, source)
             decoded += 1
             yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
         if any(capture.read()[0] for _ in range(DAMAGED_FRAMES)):  # so this was not the end
@@ -98,21 +101,15 @@ def _decode_video(
                 "without such places, e.g. encoded anew (ffmpeg -i IN OUT.mp4)"
             )
         if decoded == 0:
-            raise ValueError(f"{source}: no frame can be read; it states {stated}")
+            code = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little", signed=True)
+            raise ValueError(
+                f"{source}: no frame can be read (codec {code.decode(errors='replace')}); expected "
+                "a video that OpenCV decodes, e.g. encoded anew (ffmpeg -i IN OUT.mp4)"
+            )
         if decoded < stated:
             LOGGER.warning("%s: %d frames can be read; it states %d", source, decoded, stated)
     finally:
         capture.release()
-
-
-def _check_frame_size(
-    frame: str, size: tuple[int, int], expected: tuple[int, int], source: Path
-) -> None:
-    if size != expected:
-        raise ValueError(
-            f"{source}: {frame} has {size[0]} x {size[1]} pixels (height x width); expected"
-            f" {expected[0]} x {expected[1]} as in the first frame"
-        )
 
 
 class MaskWriter:

@@ -216,7 +216,7 @@ def _chunk_sizes() -> tuple[int, int]:
 def _doubled_tiles(
     reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
 ) -> "_Tiles":
-    """For `_tile_distances`: the pixels times -2, which is exact, here once and not the products."""
+    """For `_tile_distances`: the pixels times -2, which is exact, once instead of all products."""
     tile = min(_chunk_sizes()[1], reference.shape[0])
     tiles, _ = _tiles_by_row(reference, label, num_rows, tile)
     return tiles._replace(pixels=-2 * tiles.pixels)

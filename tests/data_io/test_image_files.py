@@ -344,6 +344,17 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_names_as_long_as_they_may_be(tmp_path):
+    for name in ("n" * 251, "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 83):
+        image_files.write_mask(tmp_path / f"{name}.png", np.zeros((4, 4), np.uint8))
+        assert (tmp_path / f"{name}.png").is_file()
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="expected a path, found nothing"):
+        image_files.path_of("")
+
+
 def test_written_pictures_are_rgb(tmp_path, picture):
     image_files.write_image(tmp_path / "a.png", picture)
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "a.png")), picture)
@@ -376,7 +387,11 @@ def test_frames_are_listed_by_number(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent: no such folder"):
         image_files.list_frames(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty: no frames"):
+    with pytest.raises(FileNotFoundError, match=r"empty: no frames; .* \(\.jpg, "):
+        image_files.list_frames(tmp_path / "empty")
+    for name in ("0.jpg", "1.TIF"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(ValueError, match=r"1\.TIF: not a kind of picture .* expected \.jpg, "):
         image_files.list_frames(tmp_path / "empty")
 
 
