@@ -149,7 +149,7 @@ class Checkpoints:
         """The newest checkpoint that can be read, in the form of `state`; `state` if there is none.
 
         Newer ones that cannot be read are reported and moved to OUT/damaged. Raises CheckpointError
-        if none can be read, and leaves them where they are.
+        if none can be read, and leaves them where they are, as do PermissionError and MemoryError.
         """
         import orbax.checkpoint as ocp
 
@@ -169,7 +169,11 @@ class Checkpoints:
                     ),
                 )
                 restored = _state(items["variables"], items["training"], state)
+            except (PermissionError, MemoryError):  # what they say, and no damage
+                raise
             except Exception as error:  # Orbax and TensorStore raise all kinds
+                if "RESOURCE_EXHAUSTED" in str(error):  # another process may still have the memory
+                    raise MemoryError(f"{self.folder / str(step)}: {first_line(error)}") from error
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():

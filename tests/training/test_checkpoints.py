@@ -97,6 +97,38 @@ def test_the_last_few_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["11", "9"]
 
 
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), (MemoryError, "9: RESOURCE_EXHAUSTED")),
+        (PermissionError("no"), (PermissionError, "no")),
+        (KeyError("params"), None),
+    ],
+)
+def test_what_is_no_damage_sets_nothing_aside(tmp_path, monkeypatch, error, expected):
+    store = opened(tmp_path)
+    for step in (5, 9):
+        store.save(state_of(step, ema=False, step=step))
+    store.wait()
+    restore = store._manager.restore
+
+    def fails_once(step, **arguments):
+        if step == 9:
+            raise error
+        return restore(step, **arguments)
+
+    monkeypatch.setattr(store._manager, "restore", fails_once)
+    like = state_of(0, ema=False, step=0)
+    if expected:
+        with pytest.raises(expected[0], match=expected[1]):
+            store.restore(like)
+    else:
+        assert int(store.restore(like).step) == 5
+    store.close()
+    assert (tmp_path / "checkpoints" / "9").is_dir() == bool(expected)
+    assert (tmp_path / "damaged" / "9").is_dir() != bool(expected)
+
+
 def test_the_best_is_replaced_as_a_whole(tmp_path):
     first, second = state_of(0, ema=True), state_of(10, ema=True)
     save_best(tmp_path, NETWORK, first.evaluated, IMAGENET_FORMAT)
