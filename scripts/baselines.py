@@ -235,8 +235,6 @@ def video_labels(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("cfbi_jax").setLevel(logging.INFO)
     output = arguments.output
     if (output / "segmented").exists():
         raise ValueError(f"{output}: holds the results of a network; expected another --output")
@@ -271,6 +269,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("cfbi_jax").setLevel(logging.INFO)
     try:
         main(parse_arguments())
     except (OSError, ValueError, ImportError) as error:

@@ -288,6 +288,7 @@ def test_all_measures_what_is_not_measured_yet(tmp_path):
 
 
 def test_all_says_what_failed(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "use_compilation_cache", lambda path: None)
     monkeypatch.setattr(benchmark.everything, "settings", lambda _: {"broken": (["score", "x"], 1)})
     command = ["all", "--output", str(tmp_path)]
     with pytest.raises(ValueError, match="broken: failed; .*NAME.txt says why"):

@@ -17,6 +17,7 @@ import recipe
 from small import mask_of, random_video, small_network
 
 import cfbi_jax
+from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.inference import programs, state
 from cfbi_jax.inference import segmenter as segmenters
 from cfbi_jax.inference.options import Options
@@ -306,7 +307,7 @@ def test_options_from_checkpoint(tmp_path):
         )
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        use_compilation_cache(before)
     assert segmenter.options.scales == (1.0, 1.5)
     assert segmenter.programs.model.global_atrous_rate == 2
     labels = list(segmenter.segment(random_video(2), {0: mask_of(BOXES)}))
