@@ -23,6 +23,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -168,7 +169,8 @@ def main(arguments: argparse.Namespace) -> None:
     options = Options(**options_of(arguments.option))
     video, output = arguments.video, arguments.output
     frames = read_frames(video)
-    size = next(read_frames(video)).shape[:2]
+    first = next(frames)
+    size, frames = first.shape[:2], itertools.chain([first], frames)
     paths = mask_paths(arguments.masks)
     names, per_second = None, PICTURES_PER_SECOND
     if video.is_dir():

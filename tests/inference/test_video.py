@@ -67,7 +67,7 @@ def test_bad_video_files(tmp_path):
 
 
 def test_a_video_that_opens_and_gives_no_frame(tmp_path, monkeypatch):
-    """As OpenCV's AV1 on most machines; here a file that was read to its end before."""
+    """As OpenCV's AV1 where no hardware decodes it; here a file that was read to its end before."""
     write_clip(tmp_path / "clip.avi", np.zeros((2, 48, 64, 3), np.uint8))
     capture = video.open_video(tmp_path / "clip.avi")
     while capture.grab():
