@@ -15,7 +15,7 @@ minima are taken over d and the bias and the sigmoid are applied to the minimum.
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,15 +127,15 @@ def nearest_squared_distance(
     if blocks := blocks_here(query.dtype, query.shape[1]):
         return _by_kernel(query, reference, label, num_rows, blocks, with_index=False)[0]
 
-    tiles = _doubled_tiles(reference, label, num_rows)
+    tiles, used = _doubled_tiles(reference, label, num_rows)
 
     def one_chunk(query: Float[Array, "chunk c"]) -> Float[Array, "rows chunk"]:
         def one_tile(nearest, tile):
-            return nearest.at[tile.row].min(jnp.min(distances(tile), axis=-1)), None
+            return nearest.at[tile.row].min(jnp.min(distances(tile), axis=-1))
 
         distances, rest = _tile_distances(query)
         start = jnp.full((num_rows, query.shape[0]), jnp.inf, query.dtype)
-        nearest, _ = jax.lax.scan(one_tile, start, tiles)
+        nearest = _over_tiles(one_tile, start, tiles, used)
         return jnp.minimum(nearest + rest, FAR)
 
     return _by_query_chunks(one_chunk, query)
@@ -147,7 +147,7 @@ def _nearest_forward(query, reference, label, num_rows):
         nearest, index = _by_kernel(query, reference, label, num_rows, blocks, with_index=True)
         return nearest, (query, reference, label, index)
 
-    tiles = _doubled_tiles(reference, label, num_rows)
+    tiles, used = _doubled_tiles(reference, label, num_rows)
 
     def one_chunk(query):
         def one_tile(carry, tile):
@@ -160,14 +160,14 @@ def _nearest_forward(query, reference, label, num_rows):
             closer = least < nearest[tile.row]
             nearest = nearest.at[tile.row].min(least)
             found = jnp.where(closer, tile.source[slot], index[tile.row])
-            return (nearest, index.at[tile.row].set(found)), None
+            return nearest, index.at[tile.row].set(found)
 
         distances, rest = _tile_distances(query)
         start = (
             jnp.full((num_rows, query.shape[0]), jnp.inf, query.dtype),
             jnp.full((num_rows, query.shape[0]), -1, jnp.int32),
         )
-        (nearest, index), _ = jax.lax.scan(one_tile, start, tiles)
+        nearest, index = _over_tiles(one_tile, start, tiles, used)
         nearest = nearest + rest
         return jnp.minimum(nearest, FAR), jnp.where(nearest < FAR, index, -1)
 
@@ -215,11 +215,22 @@ def _chunk_sizes() -> tuple[int, int]:
 
 def _doubled_tiles(
     reference: Float[Array, "p c"], label: UInt8[Array, " p"], num_rows: int
-) -> "_Tiles":
-    """For `_tile_distances`: the pixels times -2, which is exact, once instead of all products."""
+) -> tuple["_Tiles", Int[Array, ""]]:
+    """For `_tile_distances`: the pixels times -2, which is exact, once instead of all products;
+    and how many of the tiles have pixels."""
     tile = min(_chunk_sizes()[1], reference.shape[0])
-    tiles, _ = _tiles_by_row(reference, label, num_rows, tile)
-    return tiles._replace(pixels=-2 * tiles.pixels)
+    tiles, bounds = _tiles_by_row(reference, label, num_rows, tile)
+    return tiles._replace(pixels=-2 * tiles.pixels), bounds[-1]
+
+
+def _over_tiles(one_tile: Callable, start: Any, tiles: "_Tiles", used: Int[Array, ""]) -> Any:
+    """`one_tile(carry, tile)` for the first `used` tiles, one after the other; the others, which
+    there are for many rows and for pixels of nobody, take no time."""
+
+    def body(i, carry):
+        return one_tile(carry, jax.tree.map(lambda x: x[i], tiles))
+
+    return jax.lax.fori_loop(0, used, body, start)
 
 
 def _tile_distances(query: Float[Array, "chunk c"]) -> tuple[Callable, Float[Array, " chunk"]]:
@@ -283,7 +294,6 @@ def _tiles_by_row(
     norms = jnp.where(source < num_pixels, _squared_norm(pixels), jnp.inf)
     last_tile = jnp.cumsum(tiles_of_row)
     tile_row = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right")
-    tile_row = jnp.minimum(tile_row, num_rows - 1)  # tiles left over are empty: any row will do
     bounds = jnp.append(0, last_tile)
     tiled = (x.reshape(num_tiles, tile, *x.shape[1:]) for x in (pixels, norms, source))
     return _Tiles(*tiled, tile_row), bounds
