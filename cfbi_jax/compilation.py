@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+
+from cfbi_jax.files import cache_folder
 
 LOGGER = logging.getLogger(__name__)
 
@@ -45,19 +46,19 @@ def use_compilation_cache(path: Path | str | None = DEFAULT) -> Path | None:
 def _default_folder() -> Path | str:
     if given := jax.config.jax_compilation_cache_dir:
         return given
-    if caches := os.environ.get("XDG_CACHE_HOME"):
-        return Path(caches) / "cfbi_jax"
     try:
-        return Path.home() / ".cache" / "cfbi_jax"
-    except RuntimeError as error:  # a user without a home
+        return cache_folder()
+    except ValueError as error:
         LOGGER.warning("compiled programs are not kept for later runs: %s", error)
         return ""
 
 
 @contextlib.contextmanager
-def own_settings() -> Iterator[None]:
+def own_settings(device: jax.Device | None = None) -> Iterator[None]:
     """JAX's settings as everything here was tried with, whatever the program around it has set:
     float32, NumPy's promotions, no mesh. Also a decorator: `@own_settings()`.
+
+    `device` becomes the default one: what is traced is for it (`on_cpu`).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(False))
@@ -65,6 +66,8 @@ def own_settings() -> Iterator[None]:
         stack.enter_context(jax.numpy_rank_promotion("allow"))
         stack.enter_context(jax.transfer_guard("allow"))
         stack.enter_context(jax.set_mesh(Mesh(np.empty((), object), ())))
+        if device is not None:
+            stack.enter_context(jax.default_device(device))
         yield
 
 
@@ -76,12 +79,17 @@ def default_device() -> jax.Device:
     return given or jax.local_devices()[0]
 
 
+def on_cpu() -> bool:
+    """Whether the network goes to a CPU. Asked when it is traced."""
+    return default_device().platform == "cpu"
+
+
 def compiler_options() -> dict[str, str] | None:
     """Options of `jax.jit` for everything that runs the network.
 
     XLA's CPU backend removes optimisation barriers before it fuses operations, so that chains of
     them are computed once more in every consumer: this pass does it, and is left out.
     """
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return None
     return {"xla_disable_hlo_passes": "cse_barrier_expander"}

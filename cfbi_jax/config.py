@@ -17,7 +17,7 @@ def default_config() -> ConfigDict:
     config.mode = "train_and_eval"
     config.seed = 0
     # The network: the fields of `cfbi_jax.models.cfbi.CFBI`. A checkpoint to evaluate carries its
-    # own.
+    # own, but for the types, which are those of `inference`.
     config.model = ConfigDict(
         {k: tuple(v) if isinstance(v, list) else v for k, v in model_config(CFBI()).items()}
     )

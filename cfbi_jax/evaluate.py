@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
-from cfbi_jax.data.image_files import check_writable, read_mask
+from cfbi_jax.data.image_files import read_mask
 from cfbi_jax.data.sources import DATASETS
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
 from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
 from cfbi_jax.evaluation.submission import write_zip
+from cfbi_jax.files import check_writable
 from cfbi_jax.inference import dataset
 from cfbi_jax.inference.options import BOUNDS, Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
@@ -66,6 +67,8 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
         synthetic.write_davis(data.root, SYNTHETIC_SEEDS, data.split, data.year, data.resolution)
     videos = _videos(data)
     check_videos(videos, options.max_objects)
+    for video in videos:
+        options.check_reference_count(len(video.given), video.name)
     _read_truth(videos)
     check_apart(videos, workdir)
     LOGGER.info(
@@ -88,8 +91,6 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
     if not config.overwrite:
         dataset.check_made_by(videos, workdir, made_by)
     segmenter = VideoSegmenter.from_loaded(checkpoint, options)
-    for video in videos:
-        options.check_reference_count(len(video.given), video.name)
     return Evaluation(data, videos, segmenter, made_by, workdir, config.overwrite, config.overlays)
 
 
@@ -114,8 +115,11 @@ def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:
             )
 
 
-def with_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
-    """The same evaluation of other weights, in place of the old results; compiles nothing anew."""
+def use_weights(evaluation: Evaluation, variables: dict) -> Evaluation:
+    """The same evaluation of other weights, in place of the old results; compiles nothing anew.
+
+    Both have the same segmenter: the evaluation before is not to be run any more.
+    """
     variables = jax.tree.map(np.asarray, variables)  # a training's are on all its devices
     evaluation.segmenter.programs.use(variables)
     made_by = evaluation.made_by | {"weights": digest(variables)}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.logging import RichHandler
 
 from cfbi_jax import evaluate
-from cfbi_jax.data.image_files import BadFile
+from cfbi_jax.files import BadFile, path_of
 from cfbi_jax.training import loop, preparation, processes
 
 LOGGER = logging.getLogger("cfbi_jax.main")
@@ -31,6 +32,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_) -> None:
+    try:
+        _main()
+    except KeyboardInterrupt:  # a training catches the first one, and saves
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main() -> None:
     _log_to_screen()
     config = CONFIG.value
     if not WORKDIR.value:  # a shell's variable that is not set
@@ -48,8 +56,8 @@ def main(_) -> None:
             processes.join(DISTRIBUTED.value)
             if evaluating:  # what is finished is kept
                 processes.end_at_sigterm()
-        prepared = prepare(config, Path(WORKDIR.value).expanduser())
-    except (ValueError, OSError, ImportError) as error:  # bad input, known before any long work
+        prepared = prepare(config, path_of(WORKDIR.value))
+    except (ValueError, OSError, ImportError, MemoryError) as error:  # before any long work
         sys.exit(f"error: {error}")
     try:
         (evaluate if evaluating else loop).run(prepared)

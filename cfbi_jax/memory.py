@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cfbi_jax.compilation import on_cpu
+
 MIB = 2**20
 # Of a device's memory, what arrays may take by default; the rest is for the allocator's gaps.
 DEVICE_SHARE = 0.8
@@ -115,6 +117,6 @@ def choose_chunks(room: int, row: float, num_rows: int, size: tuple[int, int]) -
 
 def library_bytes(num_rows: int, lines: int, width: int) -> int:
     """What interpolating `lines` of logits takes beside the program's own memory."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return 0
     return 4 * LIBRARY_COPIES * num_rows * lines * width

@@ -31,10 +31,11 @@ from cfbi_jax import evaluate
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis
 from cfbi_jax.data.clips import ClipOptions
-from cfbi_jax.data.image_files import ids_in, path_of, read_frame
+from cfbi_jax.data.image_files import ids_in, read_frame
 from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, read_given, split_names
 from cfbi_jax.evaluation import report
+from cfbi_jax.files import path_of
 from cfbi_jax.inference.dataset import results_folder
 from cfbi_jax.inference.video import MaskWriter
 from cfbi_jax.models.cfbi import CFBI, build_model

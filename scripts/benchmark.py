@@ -53,7 +53,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.networks import MODELS  # noqa: E402
 
 from cfbi_jax.compilation import use_compilation_cache  # noqa: E402
-from cfbi_jax.data.image_files import path_of
+from cfbi_jax.files import path_of
 from cfbi_jax.inference.options import DTYPES  # noqa: E402
 from cfbi_jax.training.step import REMAT  # noqa: E402
 

@@ -8,9 +8,9 @@ Exit status 0 with a summary if the submission would be accepted, 1 with the lis
 import argparse
 import sys
 
-from cfbi_jax.data.image_files import path_of
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation.submission import DATASETS, check_submission, expected_sequences
+from cfbi_jax.files import path_of
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

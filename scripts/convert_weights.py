@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from cfbi_jax.data.image_files import path_of
+from cfbi_jax.files import path_of
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.weights.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint
 from cfbi_jax.weights.official import convert_state_dict, export_state_dict

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from cfbi_jax.data.image_files import path_of, write_file
+from cfbi_jax.files import path_of, write_file
 from cfbi_jax.training.metric_writers import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 
 

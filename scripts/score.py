@@ -10,11 +10,11 @@ is computed anew. Bad input gives a message and exit status 1, and no tables.
 import argparse
 import sys
 
-from cfbi_jax.data.image_files import check_writable, path_of
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
+from cfbi_jax.files import check_writable, path_of
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

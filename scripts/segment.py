@@ -40,13 +40,12 @@ from rich.progress import track
 from cfbi_jax import VideoSegmenter
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
-    check_writable,
     list_frames,
-    path_of,
     read_mask,
     read_palette,
     write_image,
 )
+from cfbi_jax.files import check_writable, path_of
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.video import MaskWriter, open_video, overlay, read_frames
 

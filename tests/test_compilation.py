@@ -6,15 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, use_abstract_mesh
-from small import small_network
+from small import mask_of, random_video, small_network
 from tiny import batch_of, random_clips
 
+from cfbi_jax import compilation
 from cfbi_jax.compilation import compiler_options, use_compilation_cache
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
@@ -24,6 +26,7 @@ from cfbi_jax.models import matching, matching_kernel
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step
+from cfbi_jax.weights.checkpoint import save_checkpoint
 
 TWICE = """
 import sys, os, jax, jax.numpy as jnp
@@ -47,6 +50,37 @@ def test_every_program_is_kept(tmp_path, monkeypatch):
     assert first[0] == str(tmp_path / "cache") and int(first[1]) >= 2
 
 
+VIDEO = """
+import sys
+import jax, numpy as np
+import cfbi_jax
+
+misses = []
+def listen(event, **_):
+    misses.append(event.endswith("cache_misses"))
+jax.monitoring.register_event_listener(listen)
+checkpoint, video, cache = sys.argv[1:]
+segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(checkpoint, compilation_cache=cache)
+given = np.load(video)
+for _ in segmenter.segment(given["frames"], {0: given["mask"], 2: given["mask"]}):
+    pass
+print(sum(misses))
+"""
+
+
+def test_a_second_run_of_a_video_compiles_nothing(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint", *small_network(), IMAGENET_FORMAT)
+    mask = mask_of({1: (2, 2, 20, 20), 2: (22, 22, 40, 40)})
+    np.savez(tmp_path / "video.npz", frames=random_video(4), mask=mask)
+    names = (str(tmp_path / name) for name in ("checkpoint", "video.npz", "cache"))
+    command = [sys.executable, "-c", VIDEO, *names]
+    first, second = (
+        int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(2)
+    )
+    assert first >= 4 and second == 0  # embedding, two predictions, resizing labels, ...
+
+
 def test_barriers_last_on_cpus():
     """Without the option a chain of sums is fused into every later one, in one computation."""
     products = jnp.ones((4, 8, 8))
@@ -67,7 +101,7 @@ def test_barriers_last_on_cpus():
 def on_a_gpu(monkeypatch):
     """What depends on the kind of device is chosen as for GPUs; matching as for those that the
     kernel is not for."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compilation, "default_device", lambda: SimpleNamespace(platform="gpu"))
     monkeypatch.setattr(matching, "blocks_here", lambda *_: None)
 
 
@@ -194,7 +228,7 @@ def test_a_user_without_a_home_keeps_no_programs(monkeypatch, caplog):
         assert use_compilation_cache() is None
     finally:
         use_compilation_cache(before)
-    assert "not kept for later runs: Could not determine home" in caplog.text
+    assert "not kept for later runs: no folder for caches: Could not determine home" in caplog.text
 
 
 def test_the_cache_moves_and_turns_off(tmp_path, monkeypatch):

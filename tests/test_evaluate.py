@@ -20,8 +20,8 @@ from cfbi_jax import evaluate
 from cfbi_jax.config import default_config
 from cfbi_jax.data import synthetic
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.evaluation.submission import check_submission
+from cfbi_jax.files import BadFile
 from cfbi_jax.inference import dataset
 from cfbi_jax.models.images import IMAGENET_FORMAT
 

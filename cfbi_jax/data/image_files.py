@@ -5,22 +5,19 @@ of a pixel is the id of its object, 0 is background. A file that is not what it 
 error here, naming the file, rather than a strange result later.
 """
 
-import contextlib
 import io
 import itertools
-import os
 import re
 import struct
-import tempfile
-import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image
+
+from cfbi_jax.files import BadFile, write_file
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _KINDS = ", ".join(FRAME_SUFFIXES)
@@ -45,10 +42,6 @@ _JPEG_END = b"\xff\xd9"
 _JPEG_NEXT_SEGMENT = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 
 
-class BadFile(ValueError):
-    """A file, or an array in its place, that is not what it should be; the message names it."""
-
-
 def _voc_palette() -> UInt8[np.ndarray, "256 3"]:
     """PASCAL VOC colours: the bits of an id dealt out to red, green, blue as their high bits."""
     ids = np.arange(256)
@@ -60,16 +53,6 @@ def _voc_palette() -> UInt8[np.ndarray, "256 3"]:
 
 
 VOC_PALETTE = _voc_palette()
-
-
-def path_of(text: str) -> Path:
-    """A path as it is written on a command line: shells leave the ~ of `--output=~/OUT`.
-
-    Errors: ValueError for no text, which would be the current folder: a shell's variable not set.
-    """
-    if not text:
-        raise ValueError("expected a path, found nothing")
-    return Path(text).expanduser()
 
 
 def list_frames(folder: Path | str) -> list[Path]:
@@ -263,46 +246,6 @@ def write_image(path: Path | str, picture: UInt8[np.ndarray, "height width chann
     write_file(path, encoded.tobytes())
 
 
-def write_file(path: Path | str, data: bytes) -> None:
-    """Writes a file (and its folder); it appears complete or not at all, even if we are killed."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """Yields where to write what will be the file at `path` when all is written; makes its
-    folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Unique among threads and processes; hidden and without the suffix, so that no one reads it; no
-    # longer than names may be.
-    start = path.name.encode()[:100].decode(errors="ignore")
-    temporary = path.with_name(f".{start}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path | str) -> None:
-    """Makes an output folder if need be and tries to write there, before any long work.
-
-    Errors: OSError that names the folder and the reason.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writable-", dir=folder)
-        os.close(handle)
-        os.unlink(name)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        message = f"cannot write to the output folder: {reason}"
-        raise OSError(error.errno, message, str(folder)) from error
-
-
 def _natural_order(stem: str) -> list[tuple[int, str]]:
     """A sort key that compares the runs of digits in a name as numbers."""
     parts = re.split(r"(\d+)", stem, flags=re.ASCII)  # text, digits, text, digits, ..., text
@@ -362,7 +305,7 @@ def _check_complete(file: io.BufferedIOBase, path: Path | str) -> None:
     to their decoders. Leaves the file at its start.
     """
     start = file.read(len(_PNG_SIGNATURE))
-    length = file.seek(0, os.SEEK_END)
+    length = file.seek(0, io.SEEK_END)
     file.seek(max(0, length - len(_PNG_END)))
     end = file.read()
     file.seek(0)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from cfbi_jax.data.augment import NOBODY
 from cfbi_jax.data.clips import ClipSource, TrainingVideo
-from cfbi_jax.data.image_files import BadFile
+from cfbi_jax.files import BadFile
 
 _FIRST_ID = 127  # a pasted object has its own id plus this
 _SCALES = (0.6, 1.1)  # of what is pasted, in pixels of the video that it goes into

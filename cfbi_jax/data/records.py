@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from cfbi_jax.data.image_files import BadFile, decode_frame, decode_mask
+from cfbi_jax.data.image_files import decode_frame, decode_mask
 from cfbi_jax.data.videos import Reading, TrainingFiles
+from cfbi_jax.files import BadFile
 
 LOGGER = logging.getLogger(__name__)
 

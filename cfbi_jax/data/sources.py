@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,14 +13,17 @@ from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
 from cfbi_jax.data.synthetic import MAX_OBJECTS, SyntheticVideos
 from cfbi_jax.data.videos import check_names, split_names
+from cfbi_jax.files import cache_folder
 
 LOGGER = logging.getLogger(__name__)
 
 DATASETS = ("davis", "youtube_vos", "synthetic")
 
 
-def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -> ClipSource:
-    """The videos of one of `config.sources`; those on disk are copied to records first.
+def clip_source(
+    name: str, source: ConfigDict, records: str, max_objects: int, seed: int
+) -> ClipSource:
+    """The videos of `config.sources.<name>`; those on disk are copied to records first.
 
     Args:
       source: the fields that `config.source` describes.
@@ -30,47 +32,47 @@ def clip_source(source: ConfigDict, records: str, max_objects: int, seed: int) -
 
     Errors: ValueError for an unknown data set, and those of `training_files` and `prepare`.
     """
-    dataset, root = source["dataset"], source["root"]
+    field = f"config.sources.{name}"
+    dataset = source["dataset"]
     if dataset not in DATASETS:
-        raise ValueError(f'config.sources.NAME.dataset is "{dataset}"; expected one of {DATASETS}')
+        raise ValueError(f'{field}.dataset is "{dataset}"; expected one of {DATASETS}')
     if dataset == "synthetic":
-        for field in ("sequences", "exclude"):
-            if source[field]:
+        for choice in ("sequences", "exclude"):
+            if source[choice]:
                 raise ValueError(
-                    f"config.sources.NAME.{field} is {source[field]!r}, and dataset is synthetic, "
+                    f"{field}.{choice} is {source[choice]!r}, and dataset is synthetic, "
                     "whose videos are drawn; expected none"
                 )
         videos = SyntheticVideos(seed, max_objects=min(max_objects, MAX_OBJECTS))
     else:
-        if not root:
-            raise ValueError(
-                f"the root of the {dataset} source is empty (config.sources.NAME.root); expected "
-                "the folder of the data set"
-            )
-        names = split_names(source["sequences"]) or None
-        split, year = source["split"], source["year"]
-        least = 1 if source["static"] else 2  # frames that a clip needs
-        if dataset == "davis":
-            names = _without(source, names or davis.sequence_names(root, year, split))
-            resolution = source["resolution"]
-            if source["full_resolution"] and resolution == "480p":
-                resolution = davis.finest_resolution(root, names)
-                LOGGER.info("%s: training on %s", root, resolution)
-            about = f"davis_{year}_{split}_{resolution}"
-            files = davis.training_files(root, year, split, resolution, names, least)
-        else:
-            about = f"youtube_vos_{split}"
-            names = _without(source, names or list(youtube_vos.read_meta(root, split)))
-            files = youtube_vos.training_files(root, split, names, least)
-        # Another folder or another choice of videos has records of its own.
-        kept = [video.name for video in files]
-        place = hashlib.blake2b(f"{Path(root).resolve()} {kept}".encode(), digest_size=4)
-        videos = RecordVideos(
-            prepare(f"{about}_{place.hexdigest()}", files, records or _default_folder())
-        )
+        if not source["root"]:
+            raise ValueError(f"{field}.root is empty; expected the folder of the data set")
+        videos = _recorded(source, Path(records) if records else cache_folder() / "records")
     if source["static"]:
         videos = StaticClips(videos, source["static_frames"])
     return PastedVideos(videos, source["paste"]) if source["paste"] else videos
+
+
+def _recorded(source: ConfigDict, records: Path) -> RecordVideos:
+    """The videos of a data set on disk. Another folder or choice of videos has its own records."""
+    root, split, year = source["root"], source["split"], source["year"]
+    names = split_names(source["sequences"]) or None
+    least = 1 if source["static"] else 2  # frames that a clip needs
+    if source["dataset"] == "davis":
+        names = _without(source, names or davis.sequence_names(root, year, split))
+        resolution = source["resolution"]
+        if source["full_resolution"] and resolution == "480p":
+            resolution = davis.finest_resolution(root, names)
+            LOGGER.info("%s: training on %s", root, resolution)
+        about = f"davis_{year}_{split}_{resolution}"
+        files = davis.training_files(root, year, split, resolution, names, least)
+    else:
+        about = f"youtube_vos_{split}"
+        names = _without(source, names or list(youtube_vos.read_meta(root, split)))
+        files = youtube_vos.training_files(root, split, names, least)
+    kept = [video.name for video in files]
+    place = hashlib.blake2b(f"{Path(root).resolve()} {kept}".encode(), digest_size=4)
+    return RecordVideos(prepare(f"{about}_{place.hexdigest()}", files, records))
 
 
 def contents(source: ClipSource) -> str:
@@ -85,8 +87,3 @@ def _without(source: ConfigDict, names: list[str]) -> list[str]:
     excluded = split_names(source["exclude"])
     check_names("video", excluded, names, Path(source["root"]))
     return [name for name in names if name not in excluded]
-
-
-def _default_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "cfbi_jax" / "records"

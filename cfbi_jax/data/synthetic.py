@@ -17,7 +17,8 @@ from jaxtyping import Float, UInt8
 
 from cfbi_jax import locks
 from cfbi_jax.data import synthetic_looks as looks
-from cfbi_jax.data.image_files import write_file, write_image, write_mask
+from cfbi_jax.data.image_files import write_image, write_mask
+from cfbi_jax.files import write_file
 
 MAX_OBJECTS = 10
 NAME_PREFIX = "synthetic-"

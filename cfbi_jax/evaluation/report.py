@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cfbi_jax.data.image_files import write_file
 from cfbi_jax.evaluation import davis, metrics, youtube_vos
+from cfbi_jax.files import write_file
 
 DAVIS_MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 OBJECT_MEASURES = DAVIS_MEASURES[1:]

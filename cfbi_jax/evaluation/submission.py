@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import ids_in, image_size, replacing
+from cfbi_jax.data.image_files import ids_in, image_size
 from cfbi_jax.data.videos import read_label
 from cfbi_jax.data.youtube_vos import read_meta
+from cfbi_jax.files import replacing
 
 LOGGER = logging.getLogger(__name__)
 

@@ -26,14 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from cfbi_jax import locks
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
-    BadFile,
     read_frame,
     read_mask,
     read_palette,
-    write_file,
     write_image,
 )
 from cfbi_jax.data.videos import EvaluationVideo, read_given
+from cfbi_jax.files import BadFile, write_file
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.inference.video import MaskWriter, overlay
 
@@ -112,7 +111,7 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
     """Raises BadFile, with a list of the differences, if finished videos in `output` were made by
     something else than `made_by`, or if there are masks that no run of ours has begun."""
     for video in videos:
-        found, now = _recorded(video, output), _made_by(made_by, video)
+        found = _recorded(video, output)
         if found is None:
             folder = results_folder(output) / video.name
             if next(folder.glob("*.png"), None) and not _lock(video, output).exists():
@@ -121,6 +120,7 @@ def check_made_by(videos: Sequence[EvaluationVideo], output: Path, made_by: Mapp
                     "or --config.overwrite=True to replace them"
                 )
             continue
+        now = _made_by(made_by, video)
         different = [
             f"{key}: {found.get(key)!r} there, {now.get(key)!r} now"
             for key in sorted(set(found) | set(now))

@@ -20,7 +20,8 @@ class Options:
     flip: adds the mirror image of every scale.
     max_long_edge: limit of the long edge in pixels before the scale applies; None: 1040 for a
         single scale, 800 for several, as released.
-    global_atrous_rate, local_atrous_rate: match with every r-th row and column of pixels only.
+    global_atrous_rate, local_atrous_rate: match with every r-th row and column of pixels only;
+        None: as the network was trained (official ones with 1, all pixels).
     compute_dtype: of the convolutions; matching_dtype: of the embedding distances. float32,
         bfloat16 or float16.
     max_references: how many frames with masks one video may have; more is an error.
@@ -35,8 +36,8 @@ class Options:
     scales: Sequence[float] | float | int = (1.0,)
     flip: bool = False
     max_long_edge: int | None = None
-    global_atrous_rate: int = 1
-    local_atrous_rate: int = 1
+    global_atrous_rate: int | None = None
+    local_atrous_rate: int | None = None
     matching_dtype: str = "float32"
     compute_dtype: str = "float32"
     max_references: int = 32
@@ -52,13 +53,14 @@ class Options:
         object.__setattr__(self, "scales", tuple(float(scale) for scale in given))
         if not isinstance(self.flip, bool):
             raise ValueError(f"flip is {self.flip!r}; expected True or False")
-        for name in ("global_atrous_rate", "local_atrous_rate", "max_references"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected an integer, 1 or more")
+        if not _is_count(self.max_references):
+            found = self.max_references
+            raise ValueError(f"max_references is {found}; expected an integer, 1 or more")
         for name in ("matching_dtype", "compute_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f'{name} is "{getattr(self, name)}"; expected one of {DTYPES}')
-        for name in ("max_objects", "max_long_edge", "memory_mib"):
+        rates = "global_atrous_rate", "local_atrous_rate"
+        for name in (*rates, "max_objects", "max_long_edge", "memory_mib"):
             if getattr(self, name) is not None and not _is_count(getattr(self, name)):
                 found = getattr(self, name)
                 raise ValueError(f"{name} is {found}; expected None or an integer, 1 or more")

@@ -4,9 +4,10 @@ frame --> embed ------------> features ---+--> predict --> label, probabilities
                                State -----+
 """
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,11 @@ LESS_MEMORY = (
 # and numbers of objects. On a CPU each takes some tens of MiB and 200 of the 65,530 mappings that
 # Linux allows a process.
 MAX_VIEWS = 64
+
+
+def out_of_memory_explained() -> contextlib.AbstractContextManager[None]:
+    fewer = "a smaller memory_mib computes fewer objects at a time"
+    return memory.explained(f"{LESS_MEMORY}; {fewer}")
 
 
 class _Traced:
@@ -143,8 +149,8 @@ class Programs:
     ):
         self.options = options
         self.model = model.clone(
-            global_atrous_rate=options.global_atrous_rate,
-            local_atrous_rate=options.local_atrous_rate,
+            global_atrous_rate=options.global_atrous_rate or model.global_atrous_rate,
+            local_atrous_rate=options.local_atrous_rate or model.local_atrous_rate,
             compute_dtype=jnp.dtype(options.compute_dtype).type,
             matching_dtype=jnp.dtype(options.matching_dtype).type,
         )
@@ -167,10 +173,16 @@ class Programs:
         """Programs made so far, those that were forgotten included."""
         return self._traced.compilations
 
-    @own_settings()
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What everything here is traced and run in, wherever it is called."""
+        with own_settings(self.device), out_of_memory_explained():
+            yield
+
     def use(self, variables: Mapping) -> None:
         """Other weights of the same shapes; no program is compiled again."""
-        self.variables = self.to_device(variables)
+        with self.at_work():
+            self.variables = self.to_device(variables)
 
     def to_device(self, arrays):
         """A tree of arrays where the programs run. JAX compiles a program once for arrays that were
@@ -188,7 +200,6 @@ class Programs:
             forget_programs()
             self._traced.views_kept = 0
 
-    @own_settings()
     def plan(self, size: tuple[int, int], num_objects: int, num_references: int = 1) -> MemoryPlan:
         """What a video of `size` (height, width) will take; compiles its programs, runs nothing.
 
@@ -198,6 +209,16 @@ class Programs:
         Raises ValueError if that is more than `memory_mib`; where that is None, warns of more than
         its default.
         """
+        with self.at_work():
+            plan = self._plan(size, num_objects, num_references)
+        if plan.peak > self.budget:
+            message = self._over_budget(size, num_objects, str(plan))
+            if self.options.memory_mib is not None:
+                raise ValueError(message)
+            LOGGER.warning(message)
+        return plan
+
+    def _plan(self, size: tuple[int, int], num_objects: int, num_references: int) -> MemoryPlan:
         views = self.views_of(size)
         num_rows = self.num_rows(num_objects)
         frame, label = (jax.ShapeDtypeStruct((*size, *c), np.uint8) for c in ((3,), ()))
@@ -223,13 +244,7 @@ class Programs:
         lines = chunks.lines_at_once or size[0]
         prediction += memory.library_bytes(num_rows, lines, size[1])
         held = self._held(features, size, num_references)
-        plan = MemoryPlan(held | {"computation": max(embedding, prediction)}, chunks)
-        if plan.peak > self.budget:
-            message = self._over_budget(size, num_objects, str(plan))
-            if self.options.memory_mib is not None:
-                raise ValueError(message)
-            LOGGER.warning(message)
-        return plan
+        return MemoryPlan(held | {"computation": max(embedding, prediction)}, chunks)
 
     @property
     def budget(self) -> int:

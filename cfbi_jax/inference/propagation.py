@@ -10,7 +10,6 @@ the work, and everything here is bookkeeping between a user's ids and the networ
                                                      with a mask)
 """
 
-import contextlib
 import dataclasses
 
 import cv2
@@ -18,9 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from cfbi_jax import memory
 from cfbi_jax.compilation import own_settings
-from cfbi_jax.inference.programs import LESS_MEMORY, Programs
+from cfbi_jax.inference.programs import Programs, out_of_memory_explained
 from cfbi_jax.inference.state import Features, State, remember
 from cfbi_jax.inference.test_time import View
 
@@ -42,7 +40,7 @@ class Prediction:
     def fetch(self) -> Label | tuple[Label, Probabilities]:
         """Waits for the computation; rows become ids."""
         ids = np.array((0, *self.ids), np.uint8)
-        with _out_of_memory_explained():
+        with out_of_memory_explained():
             # As `ids[rows]`, in a quarter of the time.
             label = cv2.LUT(np.asarray(self.rows), np.pad(ids, (0, 256 - len(ids))))
         if not self.with_probabilities:
@@ -57,11 +55,6 @@ class Prediction:
             rows = np.arange(len(ids))[:, None, None]
             probabilities = np.where(self.given > 0, self.given == rows, probabilities)
         return label, probabilities[np.argsort(ids)].astype(np.float32)
-
-
-def _out_of_memory_explained() -> contextlib.AbstractContextManager[None]:
-    fewer = "a smaller memory_mib computes fewer objects at a time"
-    return memory.explained(f"{LESS_MEMORY}; {fewer}")
 
 
 class Propagation:
@@ -83,17 +76,19 @@ class Propagation:
         self.index += 1
         return self._result(np.zeros(self._size, np.uint8), None, None)
 
-    @own_settings()
     def advance(self, frame: np.ndarray, mask: Label | None) -> Prediction:
         """Dispatches the computation of the next frame and takes it into the state."""
         self._check_frame(frame)
         self._check_mask(mask)
+        with self._programs.at_work():
+            return self._advance(frame, mask)
+
+    def _advance(self, frame: np.ndarray, mask: Label | None) -> Prediction:
         programs = self._programs
         known = len(self._ids)
         given, ids = (None, self._ids) if mask is None else self._to_rows(mask)
-        with _out_of_memory_explained():
-            # A copy, as JAX reads the array later, when a camera may have written over it.
-            features = programs.embed(programs.variables, np.array(frame), views=self._views)
+        # A copy, as JAX reads the array later, when a camera may have written over it.
+        features = programs.embed(programs.variables, np.array(frame), views=self._views)
 
         probabilities = None
         if self._state is None or known == 0:  # nothing to predict but background
@@ -101,18 +96,17 @@ class Propagation:
         else:
             num_rows = programs.num_rows(known)
             references = self._state.views[0].reference.shape[0]
-            with _out_of_memory_explained():
-                rows, probabilities = programs.predict(
-                    programs.variables,
-                    self._state,
-                    features,
-                    np.zeros(self._size, np.uint8) if given is None else given,
-                    np.int32(known),
-                    views=self._views,
-                    num_rows=num_rows,
-                    with_probabilities=self._with_probabilities,
-                    chunks=programs.chunks(features, self._size, num_rows, references),
-                )
+            rows, probabilities = programs.predict(
+                programs.variables,
+                self._state,
+                features,
+                np.zeros(self._size, np.uint8) if given is None else given,
+                np.int32(known),
+                views=self._views,
+                num_rows=num_rows,
+                with_probabilities=self._with_probabilities,
+                chunks=programs.chunks(features, self._size, num_rows, references),
+            )
         if given is None:
             self._state = remember(self._state, features, rows, self._views, as_reference=False)
         else:
@@ -126,10 +120,9 @@ class Propagation:
     def _with_reference(self, features: Features, rows: Array) -> State:
         """The state with one more reference. Waits, or several copies of the references, for the
         frames under way, would exist at a time."""
-        with _out_of_memory_explained():
-            jax.block_until_ready(rows)
-            state = remember(self._state, features, rows, self._views, as_reference=True)
-            return jax.block_until_ready(state)
+        jax.block_until_ready(rows)
+        state = remember(self._state, features, rows, self._views, as_reference=True)
+        return jax.block_until_ready(state)
 
     def _result(self, rows, probabilities, given) -> Prediction:
         return Prediction(rows, probabilities, given, self._ids, self._with_probabilities)

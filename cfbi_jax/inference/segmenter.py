@@ -45,9 +45,9 @@ class VideoSegmenter:
     background, any other value is an object's id; ids may have gaps. A mask may come with any
     frame; where it is not 0 it overrides the prediction, for new objects and for corrections.
 
-    The options' types and atrous rates replace those of the model's own fields. It stays on the
-    device that was JAX's default when it was made (`with jax.default_device(...)`). JAX's settings
-    in the program around it (64 bits, a mesh, strict promotions) change nothing.
+    The options' types replace those of the model's own fields, and its atrous rates where given. It
+    stays on the device that was JAX's default when it was made (`with jax.default_device(...)`).
+    JAX's settings in the program around it (64 bits, a mesh, strict promotions) change nothing.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from cfbi_jax.data import image_files
 from cfbi_jax.data.image_files import VOC_PALETTE
+from cfbi_jax.files import BadFile
 
 LOGGER = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _decode_video(
             decoded += 1
             yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
         if any(capture.read()[0] for _ in range(DAMAGED_FRAMES)):  # so this was not the end
-            raise image_files.BadFile(
+            raise BadFile(
                 f"{source}: frame {decoded} is damaged, later ones can be read; expected a video "
                 "without such places, e.g. encoded anew (ffmpeg -i IN OUT.mp4)"
             )

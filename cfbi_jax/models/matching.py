@@ -23,6 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from cfbi_jax.compilation import on_cpu
 from cfbi_jax.models.matching_kernel import blocks_here, nearest_in_tiles
 from cfbi_jax.models.resizing import resize, resize_labels
 
@@ -208,7 +209,7 @@ def _by_kernel(query, reference, label, num_rows, blocks, with_index):
 
 def _chunk_sizes() -> tuple[int, int]:
     """Query pixels and reference pixels of a chunk of the distance matrix."""
-    if jax.default_backend() == "cpu":
+    if on_cpu():
         return QUERY_CHUNK, REFERENCE_TILE
     return LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE
 

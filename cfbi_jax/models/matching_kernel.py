@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from cfbi_jax.compilation import default_device
+from cfbi_jax.compilation import default_device, on_cpu
 
 # (piece of the query, piece of the reference), the smallest products first.
 PRODUCTS = {1: [(0, 0)], 3: [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)]}
@@ -133,7 +133,7 @@ def nearest_in_tiles(
         out_specs=[out_spec] * len(out_shape),
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=blocks.stages),
-        interpret=jax.default_backend() == "cpu",
+        interpret=on_cpu(),
         name="global_matching",
     )(bounds.astype(jnp.int32), query_norm, norms.reshape(-1), *queries, *references)
     nearest, *slot = (x[:, :num_queries] for x in outputs)

@@ -3,7 +3,8 @@
 OUT/checkpoints/<step>/variables/   the weights to evaluate (the average, where one is kept)
                        config/      JSON: model, image format, the run's whole configuration
                        training/    step, optimiser state, random key (raw weights, with an average)
-OUT/best/                           variables/ and config/ of the best evaluation so far
+OUT/best/                           variables/ and config/ of the best evaluation so far, and
+                                    evaluation.json: its step and J&F
 
 Both kinds of folder are what `weights.checkpoint.load_checkpoint` reads. The position in the data
 is the step. Folders appear complete or not at all.
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cfbi_jax.files import write_file
 from cfbi_jax.inference.options import BOUNDS
 from cfbi_jax.models.cfbi import CFBI, model_config
 from cfbi_jax.models.images import ImageFormat
@@ -31,6 +33,8 @@ from cfbi_jax.training.step import TrainState
 from cfbi_jax.weights.checkpoint import first_line, save_checkpoint
 
 LOGGER = logging.getLogger(__name__)
+
+BEST_SCORES = "evaluation.json"
 
 
 class CheckpointError(OSError):
@@ -245,8 +249,15 @@ def _state(variables: Mapping, training: Mapping, like: TrainState) -> TrainStat
     )
 
 
-def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFormat) -> Path:
-    """Replaces OUT/best by `variables`. The old one is there until the new one is.
+def save_best(
+    workdir: Path,
+    model: CFBI,
+    variables: dict,
+    image_format: ImageFormat,
+    evaluation: Mapping[str, Any],
+) -> None:
+    """Replaces OUT/best by `variables`, whose scores are `evaluation`. The old one is there until
+    the new one is.
 
     Raises CheckpointError where the new one could not be written.
     """
@@ -254,6 +265,7 @@ def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFo
     shutil.rmtree(new, ignore_errors=True)
     try:
         save_checkpoint(new, model, variables, image_format)
+        write_file(new / BEST_SCORES, json.dumps(dict(evaluation)).encode())
     except OSError as error:
         raise CheckpointError(f"{error}; {best} is as it was") from error
     if best.exists():
@@ -261,7 +273,12 @@ def save_best(workdir: Path, model: CFBI, variables: dict, image_format: ImageFo
         best.rename(old)
     new.rename(best)
     shutil.rmtree(old, ignore_errors=True)
-    return best
+
+
+def best_evaluation(workdir: Path) -> dict[str, Any] | None:
+    """What `save_best` was told of OUT/best; None where there is no such folder."""
+    path = workdir / "best" / BEST_SCORES
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def mend_best(workdir: Path) -> None:

@@ -26,7 +26,7 @@ from clu import parameter_overview
 
 from cfbi_jax import evaluate, memory
 from cfbi_jax.data import loader
-from cfbi_jax.data.image_files import write_file
+from cfbi_jax.files import write_file
 from cfbi_jax.inference import dataset
 from cfbi_jax.training import metric_writers, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
@@ -217,7 +217,7 @@ def _evaluate_best(training: Training) -> None:
     best = training.workdir / "best"
     LOGGER.info("evaluation of %s", best)
     config, workdir = training.config, training.workdir
-    evaluation = evaluate.with_weights(training.evaluation, load_checkpoint(best).variables)
+    evaluation = evaluate.use_weights(training.evaluation, load_checkpoint(best).variables)
     if not config.overwrite:
         try:
             dataset.check_made_by(evaluation.videos, workdir, evaluation.made_by)

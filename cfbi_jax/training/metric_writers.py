@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cfbi_jax.data.image_files import BadFile, write_file
+from cfbi_jax.files import BadFile, write_file
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"

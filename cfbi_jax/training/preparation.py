@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from cfbi_jax import evaluate, locks
+from cfbi_jax import evaluate, locks, memory
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.config import default_config, source
 from cfbi_jax.data.clips import ClipOptions
-from cfbi_jax.data.image_files import check_writable
 from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source, contents
 from cfbi_jax.data.videos import EvaluationVideo
+from cfbi_jax.files import check_writable
 from cfbi_jax.inference import dataset
 from cfbi_jax.models.cfbi import CFBI, build_model
 from cfbi_jax.training import checkpoints, metric_writers, schedule
@@ -139,14 +139,15 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
 def training_clips(config: ConfigDict, options: ClipOptions) -> Clips:
     """The clips of `config.sources`. Raises ValueError where there are none, and the errors of
     `clip_source`."""
-    used = [source for source in config.sources.values() if source.weight]
+    used = {name: source for name, source in config.sources.items() if source.weight}
     if not used:
         raise ValueError(
             "config.sources is empty, or all weights are 0; expected videos to train on"
         )
+    drawn = config.clips.max_objects, config.seed
     sources = [
-        (clip_source(source, config.records, config.clips.max_objects, config.seed), source.weight)
-        for source in used
+        (clip_source(name, source, config.records, *drawn), source.weight)
+        for name, source in used.items()
     ]
     return Clips(sources, options, config.seed)
 
@@ -166,7 +167,8 @@ def first_weights(config: ConfigDict, model: CFBI, clips: Clips) -> Checkpoint:
     """What a training starts from: `config.init_from`, the rest random and calibrated."""
     start = initial_checkpoint(model, config.init_from, config.seed)
     if config.calibrate and not (config.init_from and Path(config.init_from).is_dir()):
-        start = calibrated(start, _pairs_of_frames(clips))
+        with memory.explained("config.calibrate=False does without the frames for calibration"):
+            start = calibrated(start, _pairs_of_frames(clips))
     if jax.process_count() > 1:  # hosts need not calibrate to the same bit
         start = dataclasses.replace(
             start, variables=from_primary(jax.tree.map(np.asarray, start.variables))

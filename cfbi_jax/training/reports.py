@@ -138,19 +138,17 @@ class Evaluations:
     ):
         """`evaluation`: what to do, in the first process; `start`: of the network evaluated."""
         self._config, self._workdir = config, workdir
-        self._best = workdir / "best"
         self._start, self._evaluation = start, evaluation
-        self._scores: dict[int, float] = {}
+        done: set[int] = set()
         if evaluation is not None:
             checkpoints.mend_best(workdir)
             # Where the best weights are gone, those at hand are evaluated again.
-            kept = first_step if self._best.exists() else first_step - 1
+            kept = first_step if checkpoints.best_evaluation(workdir) else first_step - 1
             names = metric_writers.EVALUATIONS_FILE, metric_writers.TENSORBOARD_EVALUATIONS
             self._writer = metric_writers.create_writer(workdir, kept + 1, *names)
-            lines = metric_writers.read_metrics(workdir / names[0])
-            self._scores = {line["step"]: line.get("J&F", NO_TRUTH) for line in lines}
+            done = {line["step"] for line in metric_writers.read_metrics(workdir / names[0])}
         # The other processes need to know whether an evaluation was interrupted, and no more.
-        self._first_is_done = bool(from_primary(first_step in self._scores))
+        self._first_is_done = bool(from_primary(first_step in done))
         self._first_step = first_step
 
     def due(self, step: int) -> bool:
@@ -174,16 +172,15 @@ class Evaluations:
         means = {}
         if all(video.truth for video in self._evaluation.videos):
             LOGGER.info("evaluation at step %d", step)
-            evaluation = evaluate.with_weights(self._evaluation, variables)
+            evaluation = evaluate.use_weights(self._evaluation, variables)
             means = evaluate.summary(evaluate.run(evaluation, on_the_way=True))
-        score = means.get("J&F", NO_TRUTH)
-        if score >= max(self._scores.values(), default=score) or not self._best.exists():
-            model, image_format = self._start.model, self._start.image_format
-            checkpoints.save_best(self._workdir, model, variables, image_format)
-        self._scores[step] = score
+        found = {"step": step, "J&F": means.get("J&F", NO_TRUTH)}
+        best = checkpoints.best_evaluation(self._workdir)
+        if best is None or found["J&F"] >= best["J&F"]:
+            best, start = found, self._start
+            checkpoints.save_best(self._workdir, start.model, variables, start.image_format, best)
         self._writer.write_scalars(step, means)
         self._writer.flush()
         if means:
-            best = max(self._scores, key=lambda step: (self._scores[step], step))
             message = "step %d: J&F %.4f; best %.4f at step %d"
-            LOGGER.info(message, step, score, self._scores[best], best)
+            LOGGER.info(message, step, found["J&F"], best["J&F"], best["step"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cfbi_jax.data.image_files import replacing
+from cfbi_jax.files import replacing
 from cfbi_jax.weights.checkpoint import first_line, not_written
 
 _SCALAR = np.float64(0).__reduce__()[0]

@@ -118,7 +118,7 @@ def _videos(arguments: argparse.Namespace, records: str):
         return SyntheticVideos(0, size=arguments.size, max_objects=arguments.objects)
     davis = source(dataset="davis", root=str(arguments.root), resolution=arguments.resolution)
     davis.split = arguments.split
-    return clip_source(davis, records, arguments.objects, seed=0)
+    return clip_source("davis", davis, records, arguments.objects, seed=0)
 
 
 def _empty(clips: Clips, arguments: argparse.Namespace) -> tuple[list[float], float]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Limits, Program, Times
-from cfbi_jax.data.image_files import write_file
+from cfbi_jax.files import write_file
 
 Row = dict[str, Any]
 PLAIN_WIDTH = 180

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cfbi_jax import files
 from cfbi_jax.data import image_files
 
 
@@ -337,7 +338,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatc
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_files.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         image_files.write_mask(path, np.ones((4, 4), np.uint8))
     assert path.read_bytes() == before
@@ -348,11 +349,6 @@ def test_names_as_long_as_they_may_be(tmp_path):
     for name in ("n" * 251, "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 83):
         image_files.write_mask(tmp_path / f"{name}.png", np.zeros((4, 4), np.uint8))
         assert (tmp_path / f"{name}.png").is_file()
-
-
-def test_an_empty_path_is_not_the_current_folder():
-    with pytest.raises(ValueError, match="expected a path, found nothing"):
-        image_files.path_of("")
 
 
 def test_written_pictures_are_rgb(tmp_path, picture):
@@ -393,19 +389,3 @@ def test_frames_are_listed_by_number(tmp_path):
         (tmp_path / "empty" / name).touch()
     with pytest.raises(ValueError, match=r"1\.TIF: not a kind of picture .* expected \.jpg, "):
         image_files.list_frames(tmp_path / "empty")
-
-
-# ---- output folders ----
-
-
-def test_output_folder_is_made_and_left_empty(tmp_path):
-    image_files.check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_output_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(OSError, match="cannot write to the output folder") as caught:
-            image_files.check_writable(folder)
-        assert str(folder) in str(caught.value)

@@ -4,7 +4,7 @@ from small import GivenVideo
 
 from cfbi_jax.data import pasted
 from cfbi_jax.data.clips import ClipOptions, sample_clip
-from cfbi_jax.data.image_files import BadFile
+from cfbi_jax.files import BadFile
 
 GREY = 50
 

@@ -24,8 +24,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from cfbi_jax.data import builders, davis, records, synthetic, youtube_vos
-from cfbi_jax.data.image_files import BadFile
 from cfbi_jax.data.videos import TrainingFiles, check_training_files
+from cfbi_jax.files import BadFile
 
 SIZE = (48, 64)
 

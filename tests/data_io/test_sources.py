@@ -45,7 +45,7 @@ def youtube_root(tmp_path):
 
 
 def make(tmp_path, **fields):
-    return clip_source(source(**fields), str(tmp_path / "records"), max_objects=3, seed=5)
+    return clip_source("mine", source(**fields), str(tmp_path / "records"), max_objects=3, seed=5)
 
 
 def videos_of(found, seed=0):
@@ -106,8 +106,8 @@ def test_synthetic(tmp_path):
     assert {v.mask(0).max() for v in videos} == {1, 2, 3}  # max_objects
     again = make(tmp_path, dataset="synthetic").video(0, np.random.default_rng(0))
     np.testing.assert_array_equal(again.frame(0), videos[0].frame(0))
-    assert len(clip_source(source(dataset="synthetic"), "", max_objects=12, seed=5))
-    other = clip_source(source(dataset="synthetic"), "", max_objects=3, seed=6)
+    assert len(clip_source("mine", source(dataset="synthetic"), "", max_objects=12, seed=5))
+    other = clip_source("mine", source(dataset="synthetic"), "", max_objects=3, seed=6)
     assert other.video(0, np.random.default_rng(0)).name != videos[0].name
 
 
@@ -137,19 +137,19 @@ def test_paste(tmp_path, davis_root):
 def test_records_go_to_the_cache_unless_told(tmp_path, davis_root, monkeypatch):
     fields = source(dataset="davis", root=str(davis_root), resolution="48p")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    clip_source(fields, "", max_objects=3, seed=0)
+    clip_source("mine", fields, "", max_objects=3, seed=0)
     assert list((tmp_path / "cache" / "cfbi_jax" / "records").rglob("*.array_record*"))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    clip_source(fields, "", max_objects=3, seed=0)
+    clip_source("mine", fields, "", max_objects=3, seed=0)
     assert list((tmp_path / "home/.cache/cfbi_jax/records").rglob("*.array_record*"))
 
 
 def test_bad_fields(tmp_path, davis_root):
-    with pytest.raises(ValueError, match='dataset is "davis2017"; expected one of'):
+    with pytest.raises(ValueError, match='sources.mine.dataset is "davis2017"; expected one of'):
         make(tmp_path, dataset="davis2017", root=str(davis_root))
     for dataset in ("davis", "youtube_vos"):
-        with pytest.raises(ValueError, match=f"root of the {dataset} source is empty"):
+        with pytest.raises(ValueError, match="config.sources.mine.root is empty"):
             make(tmp_path, dataset=dataset)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         make(tmp_path, dataset="davis", root=str(tmp_path / "nowhere"))

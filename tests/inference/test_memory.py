@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_parts
 
 import cfbi_jax
 from cfbi_jax import memory
-from cfbi_jax.inference import programs, test_time
+from cfbi_jax.inference import programs, propagation, test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.memory import Chunks, MemoryPlan, choose_chunks, tree_bytes
@@ -220,12 +220,19 @@ def exhausted(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
 
 
-@pytest.mark.parametrize("function", ["embed", "predict"])
+@pytest.mark.parametrize("function", ["embed", "predict", "to_device"])
 def test_out_of_memory_says_what_helps(monkeypatch, function):
     segmenter = small_segmenter()
     monkeypatch.setattr(segmenter.programs, function, exhausted)
     with pytest.raises(MemoryError, match="(?s)max_long_edge.*allocating 99 bytes"):
         list(segmenter.segment(random_video(3), {0: FOUR_OBJECTS}))
+
+
+def test_out_of_memory_is_explained_where_results_are_waited_for(monkeypatch):
+    result = propagation.Prediction(np.zeros((4, 4), np.uint8), None, None, (1,), False)
+    monkeypatch.setattr(propagation.cv2, "LUT", exhausted)
+    with pytest.raises(MemoryError, match="(?s)max_long_edge.*allocating 99 bytes"):
+        result.fetch()
 
 
 def test_other_errors_of_the_device_go_on(monkeypatch):

@@ -295,7 +295,8 @@ def test_times_have_the_hosts_work_in_them(segmenter, monkeypatch):
 
 def test_options_from_checkpoint(tmp_path):
     model, variables = small_network()
-    cfbi_jax.save_checkpoint(tmp_path / "ckpt", model, variables, IMAGENET_FORMAT)
+    trained = model.clone(global_atrous_rate=3, local_atrous_rate=3)
+    cfbi_jax.save_checkpoint(tmp_path / "ckpt", trained, variables, IMAGENET_FORMAT)
     before = jax.config.jax_compilation_cache_dir
     try:
         segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(
@@ -309,7 +310,8 @@ def test_options_from_checkpoint(tmp_path):
     finally:
         use_compilation_cache(before)
     assert segmenter.options.scales == (1.0, 1.5)
-    assert segmenter.programs.model.global_atrous_rate == 2
+    model = segmenter.programs.model  # the rate that is not given is the one in training
+    assert (model.global_atrous_rate, model.local_atrous_rate) == (2, 3)
     labels = list(segmenter.segment(random_video(2), {0: mask_of(BOXES)}))
     assert labels[1].shape == (40, 56)
     assert Options(scales=1.15) == Options(scales=[1.15])
@@ -568,6 +570,15 @@ jax.set_mesh(jax.make_mesh((3,), ("x",)))
 
 import cfbi_jax
 
+from cfbi_jax import compilation
+from cfbi_jax.models import matching
+
+blocks_here, traced_for = matching.blocks_here, set()
+def asked(*arguments):
+    traced_for.add(compilation.default_device())
+    return blocks_here(*arguments)
+matching.blocks_here = asked
+
 with jax.default_device(jax.devices()[2]):
     segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(sys.argv[1])
 kinds = {str(x.dtype) for x in jax.tree.leaves(segmenter.programs.variables)}
@@ -577,6 +588,7 @@ given = np.load(sys.argv[2])
 segmenter.plan((40, 56), 2)
 found = list(segmenter.segment(given["frames"], {0: given["mask"], 2: given["mask"]}))
 np.testing.assert_array_equal(found, given["expected"])
+assert traced_for == {jax.devices()[2]}, traced_for
 assert jax.config.jax_enable_x64
 """
 

@@ -19,6 +19,7 @@ from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
+    best_evaluation,
     contradictions,
     mend_best,
     save_best,
@@ -27,6 +28,7 @@ from cfbi_jax.training.step import TrainState
 from cfbi_jax.weights.checkpoint import load_checkpoint
 
 NETWORK = CFBI(**MODEL)
+SCORE = {"step": 7, "J&F": 0.5}
 
 
 @cache
@@ -131,9 +133,9 @@ def test_what_is_no_damage_sets_nothing_aside(tmp_path, monkeypatch, error, expe
 
 def test_the_best_is_replaced_as_a_whole(tmp_path):
     first, second = state_of(0, ema=True), state_of(10, ema=True)
-    save_best(tmp_path, NETWORK, first.evaluated, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, first.evaluated, IMAGENET_FORMAT, SCORE)
     (tmp_path / "best.new").mkdir()  # of a run that was killed
-    save_best(tmp_path, NETWORK, second.evaluated, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, second.evaluated, IMAGENET_FORMAT, SCORE)
     assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
@@ -142,6 +144,7 @@ def test_the_best_is_replaced_as_a_whole(tmp_path):
     mend_best(tmp_path)
     assert_equal(load_checkpoint(tmp_path / "best").variables["params"], second.ema)
     mend_best(tmp_path)  # nothing to mend
+    assert best_evaluation(tmp_path) == SCORE
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax' threads
@@ -149,18 +152,18 @@ def test_a_best_that_cannot_be_written_leaves_the_old_one(tmp_path):
     """A limit on the size of files does what a full disk does."""
     first, second = ({"params": state_of(n, False).params} for n in (0, 1))
     first["frozen"] = second["frozen"] = variables()["frozen"]
-    save_best(tmp_path, NETWORK, first, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, first, IMAGENET_FORMAT, SCORE)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(
             CheckpointError, match=r"could not be written \(.* MiB free\); .*best is"
         ):
-            save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+            save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT, SCORE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_equal(load_checkpoint(tmp_path / "best").variables, first)
-    save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, second, IMAGENET_FORMAT, SCORE)
     assert_equal(load_checkpoint(tmp_path / "best").variables, second)
 
 
@@ -185,7 +188,7 @@ def test_room_is_for_all_checkpoints_and_the_best(tmp_path, monkeypatch):
         check(needed(4, 2) - 1)
     store.save(state)
     store.wait()
-    save_best(tmp_path, NETWORK, state.evaluated, IMAGENET_FORMAT)
+    save_best(tmp_path, NETWORK, state.evaluated, IMAGENET_FORMAT, SCORE)
     check(needed(3, 1))
     with pytest.raises(CheckpointError, match="room for 3 more .* and 1 times"):
         check(needed(3, 1) - 1)

@@ -29,7 +29,7 @@ from tiny_run import MODEL
 
 import cfbi_jax
 from cfbi_jax import evaluate
-from cfbi_jax.data.image_files import BadFile
+from cfbi_jax.files import BadFile
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
@@ -443,6 +443,21 @@ def test_where_the_best_weights_are_gone_the_next_ones_are_kept(config, evaluati
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(out / "best").variables, newest)
     lines = read_metrics(out / "evaluations.jsonl")
     assert [(line["step"], line["J&F"]) for line in lines] == [(4, 0.9), (8, 0.5)]
+
+
+def test_scores_of_weights_that_are_gone_count_no_more(config, evaluations, tmp_path):
+    out = tmp_path / "out"
+    config.eval_every_steps = 2
+
+    def taken():
+        (out / "best").rename(tmp_path / "taken")
+        return 0.4
+
+    evaluations[:] = [0.9, taken, 0.7, 0.5, None]
+    run(config, out)
+    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "6")
+    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
+    assert json.loads((out / "best/evaluation.json").read_text()) == {"step": 6, "J&F": 0.7}
 
 
 def test_other_videos_to_evaluate_are_refused(config, evaluations, davis, tmp_path, monkeypatch):
