@@ -164,7 +164,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--workers", type=int, default=0, help="processes; 0: threads")
 
     command = commands.add_parser("plan", parents=[common, sized, network, references])
-    command.add_argument("--budget-mib", type=int, help="memory that there is")
+    command.add_argument("--budget-mib", type=int, help="memory that a video may take")
     command.add_argument("--scales", type=float, nargs="+", default=[1.0])
     command.add_argument("--flip", action="store_true")
     command.add_argument("--train", action="store_true", help="a training step instead")

@@ -118,14 +118,23 @@ def test_convolutions_are_recorded(benchmark):
     def function(x, kernel, depthwise):
         x = layers.Conv(6, 3, stride=2).apply({"params": {"kernel": kernel}}, x)
         x = layers.Conv(6, 3, depthwise=True).apply({"params": {"kernel": depthwise}}, x)
-        return layers.Conv(6, 3, depthwise=True).apply({"params": {"kernel": depthwise}}, x)
+        x = layers.Conv(6, 3, depthwise=True).apply({"params": {"kernel": depthwise}}, x)
+        skip = jnp.ones((1, 9, 11, 2))
+        both = jnp.ones((3, 3, 8, 5))
+        return layers.ResizedConv(5, "bilinear").apply({"params": {"kernel": both}}, x, skip)
 
     arrays = jnp.ones((1, 9, 11, 4)), jnp.ones((3, 3, 4, 6)), jnp.ones((3, 3, 1, 6))
     found, shape = convolutions.record(function, *arrays)
-    assert shape.shape == (1, 5, 6, 6)
-    assert sorted(found.values()) == [1, 2]
+    assert shape.shape == (1, 9, 11, 5)
+    assert sorted(found.values()) == [1, 1, 1, 2]
     expected = 2 * 30 * 9 * 4 * 6 + 2 * (2 * 30 * 9 * 6)
+    # Mixed at 5 x 6 into three rows of taps, which are resized along the width, then the height.
+    expected += 2 * 30 * 9 * 6 * 5 + 2 * 5 * 3 * (5 * 11 * 3 * 6 + 5 * 11 * 9)
+    expected += 2 * 99 * 9 * 2 * 5  # of the features that are not resized
     assert convolutions.total_flops(found) == expected
+    (resized,) = (convolution for convolution in found if convolution.resized_to)
+    alone = convolutions._alone(resized)(jnp.ones(resized.shape), jnp.ones(resized.kernel))
+    assert alone.shape == (1, 9, 11, 5)
     seconds, details = convolutions.seconds_alone(found, runs=1)
     assert seconds > 0 and {line["count"] for line in details} == {1, 2}
 
@@ -182,6 +191,20 @@ def test_infer(run):
     assert per_frame["compile_seconds"] > 0 and per_frame["frames_per_second"] > 0
     assert files["frames_per_second"] > 0
     assert figures["machine"]["peak_memory"]["host_mib"] > 0
+
+
+def test_the_first_frames_of_a_video_are_not_timed(benchmark, monkeypatch):
+    now, used = [0.0], []
+    monkeypatch.setattr(benchmark.infer.time, "perf_counter", lambda: now[0])
+
+    def labels():  # the first three need a second more each
+        for seconds in (3, 3, 3, 2, 2):
+            now[0] += seconds
+            yield seconds
+
+    at_work = benchmark.infer._after(3, labels(), lambda i, found: used.append((i, found)))
+    assert (at_work, now[0] - at_work) == (9, 4)
+    assert used == list(enumerate([3, 3, 3, 2, 2]))
 
 
 def test_infer_of_whole_videos_alone(run):
@@ -241,6 +264,12 @@ def test_bad_flags(benchmark, arguments, message):
 def test_bad_batches(benchmark, arguments, message):
     with pytest.raises(ValueError, match=message):
         benchmark.train.check_batch(benchmark.parse_arguments(["train", *arguments]), devices=1)
+
+
+@pytest.mark.parametrize("flags", [("--budget-mib", "9"), ("--flip",)])
+def test_flags_that_a_plan_of_a_step_does_not_know(run, flags):
+    with pytest.raises(ValueError, match=f"{flags[0]} has no effect on a training step"):
+        run("plan", "--train", *flags)
 
 
 def test_too_many_objects(run):

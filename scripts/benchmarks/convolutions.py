@@ -24,7 +24,8 @@ class Convolution:
     padding: int
     depthwise: bool
     dtype: str
-    resized_to: tuple[int, int] | None = None  # the size of `layers.resized_conv2d`
+    resized_to: tuple[int, int] | None = None  # the size of `layers.resized_conv2d`,
+    method: str = ""  # and its method
 
     @property
     def flops(self) -> float:
@@ -79,7 +80,7 @@ def record(function: Callable, *arguments: Any) -> tuple[Counter[Convolution], A
     def resized_conv2d(x, kernel, size, method):
         # Channels are mixed before the resize, where there are few pixels.
         found[
-            Convolution(x.shape, kernel.shape, 1, 1, 1, False, x.dtype.name, tuple(size))
+            Convolution(x.shape, kernel.shape, 1, 1, 1, False, x.dtype.name, tuple(size), method)
         ] += 1  # fmt: skip
         return resized(x, kernel, size, method)
 
@@ -98,7 +99,8 @@ def total_flops(found: Counter[Convolution]) -> float:
 def seconds_alone(found: Counter[Convolution], runs: int) -> tuple[float, list[dict[str, Any]]]:
     """The sum over all convolutions of their time alone, and each one's.
 
-    By XLA's own convolution, or for pointwise kernels by a matrix product, which is faster.
+    By XLA's own convolution, or for pointwise kernels by a matrix product, which is faster. Where
+    the network mixes channels before a resize, by the network's own function, resize included.
     """
     details = []
     for convolution, count in found.items():
@@ -134,5 +136,10 @@ def _alone(convolution: Convolution) -> Callable:
             feature_group_count=convolution.shape[-1] if convolution.depthwise else 1,
         )
 
+    def resized(x, kernel):
+        return layers.resized_conv2d(x, kernel, convolution.resized_to, convolution.method)
+
+    if convolution.resized_to:
+        return resized
     is_pointwise = convolution.kernel[:2] == (1, 1) and not padding and not convolution.depthwise
     return pointwise if is_pointwise else general
