@@ -8,12 +8,12 @@ Writes losses, gradient norms and final parameters of `STEPS` steps, and the col
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from from_scripts import load_script
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from small import random_variables
@@ -30,10 +30,6 @@ from cfbi_jax.training.step import StepOptions, create_state, make_train_step, r
 # Half of the clips, and the other half, need other numbers of rows: 8 and 12.
 OBJECTS = [0, 1, 0, 2, 1, 2, 3, 0]
 STEPS = 2
-COLLECTIVES = re.compile(
-    r"\b(all-reduce|all-gather|all-to-all|collective-\w+|reduce-scatter|ragged-all-to-all)\b"
-    r"(?:-start)?\("
-)
 
 
 def train(mesh, shard, start) -> dict[str, np.ndarray]:
@@ -52,13 +48,15 @@ def train(mesh, shard, start) -> dict[str, np.ndarray]:
         state, metrics, _ = program(state, batch)
         losses.append(np.asarray(metrics["loss"]))
         norms.append(np.asarray(metrics["gradient_norm"]))
+    exchanged = load_script("benchmark").train.collective_rows(program.as_text())
     flat = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(state.params)]
     return {
         "rows": np.array(batch.packing.row.shape),
         "losses": np.array(losses),
         "norms": np.array(norms),
         "params": np.concatenate(flat),
-        "collectives": np.array(sorted(set(COLLECTIVES.findall(program.as_text())))),
+        "collectives": np.array([row["name"] for row in exchanged]),
+        "exchanged": np.array([row["mib"] * 2**20 for row in exchanged]),
     }
 
 

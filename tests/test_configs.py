@@ -89,6 +89,7 @@ EXPECTED = {
     "davis_youtube_vos": BOTH,
     "davis_youtube_vos_mobilenet": BOTH | MOBILENET,
     "static_pretraining": DAVIS | {"num_train_steps": 20_000, "sources.davis.static": True},
+    "no_background": DAVIS | {"model.pixel_background": False, "model.instance_background": False},
     "feelvos_baseline": DAVIS
     | {
         "model.pixel_background": False,

@@ -1,5 +1,6 @@
 """What went wrong in a step whose loss or gradient is not finite."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,15 @@ from cfbi_jax.data.loader import Clips
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import prepare
 from cfbi_jax.models.resizing import resize_labels
-from cfbi_jax.training.step import FIRST_CURRENT, REFERENCE, TrainState
+from cfbi_jax.training.step import (
+    FIRST_CURRENT,
+    REFERENCE,
+    Batch,
+    StepOptions,
+    TrainState,
+    clip_losses,
+    pack_rows,
+)
 from cfbi_jax.weights.checkpoint import Checkpoint
 
 
@@ -18,25 +27,27 @@ class NotFinite(ArithmeticError):
     """A loss or gradient is NaN or infinite; the message says where that begins."""
 
 
-def explain(start: Checkpoint, clips: Clips, state: TrainState, batch_size: int) -> str:
+def explain(
+    start: Checkpoint, clips: Clips, options: StepOptions, state: TrainState, batch_size: int
+) -> str:
     """The step, its clips and the first tensor that is not finite: weights, then activations in
-    the order in which they are computed, clip by clip; else a gradient.
+    the order in which they are computed, clip by clip, then a clip's loss, or its gradient.
 
-    `state` is that before the step, as a halted state is. The masks are the true ones, without
-    dropout: a tensor that only dropout or a predicted mask makes infinite is not found.
+    `state` is that before the step, as a halted state is. Activations are those of true masks
+    without dropout, loss and gradient those of the step: what only dropout or a predicted mask
+    makes infinite is found in the loss.
     """
     step = int(state.step)
     first = step * batch_size
     numbers = range(first, first + batch_size)
     names = ", ".join(f"{number} ({clips[number].name})" for number in numbers)
-    bad = _first_bad_array("weights", state.params) or next(
-        (
-            found
-            for number in numbers
-            if (found := _first_bad_activation(start, clips, state, number))
-        ),
-        "a gradient: weights are finite, and activations (true masks, no dropout)",
+    looks = (
+        partial(_first_bad_activation, start, clips, state),
+        partial(_bad_loss_or_gradient, start, clips, options, state),
     )
+    bad = _first_bad_array("weights", state.params)
+    bad = bad or next(filter(None, (look(number) for look in looks for number in numbers)), None)
+    bad = bad or "the sum of the clips' gradients: each of them is finite"
     return f"step {step + 1}: not finite, first in {bad}; clips {names}"
 
 
@@ -49,7 +60,36 @@ def _first_bad_array(what: str, tree: Any) -> str | None:
     return None
 
 
-def _first_bad_activation(start: Checkpoint, clips: Clips, state: TrainState, number: int):
+def _bad_loss_or_gradient(
+    start: Checkpoint, clips: Clips, options: StepOptions, state: TrainState, number: int
+) -> str | None:
+    clip = clips[number]
+    num_objects = np.array([clip.num_objects], np.int32)
+    packing = pack_rows(num_objects, 1, options.max_objects, full=True)  # one program for all clips
+    batch = Batch(
+        frames=clip.frames[None],
+        labels=clip.labels[None],
+        num_objects=num_objects,
+        index=np.array([number], np.int32),
+        packing=jax.tree.map(lambda x: x[0], packing),
+    )
+
+    def loss(params):
+        constants = state.frozen, state.step, state.key
+        losses, *_ = clip_losses(
+            start.model, start.image_format, options, params, *constants, batch
+        )
+        return losses[0]
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    if not np.isfinite(value):
+        return f"the loss of clip {number}, {value}"
+    return _first_bad_array(f"the gradient of clip {number} to", gradient)
+
+
+def _first_bad_activation(
+    start: Checkpoint, clips: Clips, state: TrainState, number: int
+) -> str | None:
     clip = clips[number]
     variables = {"params": state.params, "frozen": state.frozen}
     size = clip.labels.shape[1:]

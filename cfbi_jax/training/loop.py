@@ -207,7 +207,10 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
 
 def _check_finite(training: Training, state: TrainState) -> None:
     if bool(state.halted):
-        raise NotFinite(explain(training.start, training.clips, state, training.config.batch_size))
+        batch_size = training.config.batch_size
+        raise NotFinite(
+            explain(training.start, training.clips, training.options, state, batch_size)
+        )
 
 
 def _evaluate_best(training: Training) -> None:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.signal import correlate
+from small import small_network
 
-from cfbi_jax.models import convolutions, images, layers, resizing
+from cfbi_jax.models import convolutions, deeplab, images, layers, resizing
+from cfbi_jax.models.cfbi import CFBI
 
 # On GPUs, as in the network: no TF32.
 pytestmark = pytest.mark.usefixtures("exact_products")
@@ -279,6 +281,29 @@ def test_convolution_of_the_resized_input(method, size, target):
     gradient = random(*expected.shape, seed=2)
     for a, b in zip(transpose(gradient), expected_transpose(gradient), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+def test_dropout_is_after_the_pyramid_and_while_training_alone():
+    """Of the pyramid's output, which the decoder's first convolution reads."""
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 33, 49, 3)), jnp.float32)
+    network, variables = small_network()
+    variables = jax.tree.map(jnp.asarray, variables)
+    keys = jax.random.split(jax.random.key(3), 2)
+
+    def embed(dropout_keys, dropout):
+        model = network.clone(dropout=dropout)
+        _, seen = model.apply(
+            variables,
+            images,
+            dropout_keys,
+            method=CFBI.embed,
+            capture_intermediates=lambda module, _: isinstance(module, deeplab.Aspp),
+        )
+        return seen["intermediates"]["deeplab"]["aspp"]["__call__"][0]
+
+    plain = embed(None, 0.5)
+    np.testing.assert_array_equal(embed(keys, 0.0), plain)
+    np.testing.assert_array_equal(embed(keys, 0.5), layers.dropout(plain, 0.5, keys))
 
 
 def test_dropout_of_an_image_is_its_keys():

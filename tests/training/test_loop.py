@@ -17,7 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
@@ -34,7 +36,9 @@ from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training import loop, preparation, schedule
 from cfbi_jax.training.checkpoints import Checkpoints
+from cfbi_jax.training.diagnosis import explain
 from cfbi_jax.training.metric_writers import read_metrics
+from cfbi_jax.training.step import create_state
 from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -299,7 +303,9 @@ def test_nothing_depends_on_what_is_reported_and_kept(config, whole, tmp_path, m
     """Nor on worker processes, nor on threads."""
     config.log_every_steps, config.checkpoint_every_steps, config.keep_checkpoints = 3, 1, 2
     config.picture_every_steps, config.workers, config.threads = 0, 1, 1
+    config.profile_at_step = 3
     run(config, tmp_path / "out")
+    assert list((tmp_path / "out" / "profile").rglob("*.xplane.pb"))
     expected = losses(whole)
     assert losses(tmp_path / "out") == {step: expected[step] for step in (3, 6, 8)}
     assert checkpoint_steps(tmp_path / "out") == [7, 8]
@@ -685,6 +691,26 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
     assert re.search(f"step 1: not finite, first in {message}", text), text
     assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
     assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite(config, tmp_path, monkeypatch, what):
+    """Where weights and activations are: an infinite loss, and a root at 0, which has no slope."""
+    training = preparation.prepare(config, tmp_path / "out")
+    variables = jax.tree.map(jnp.asarray, training.start.variables)
+    state = create_state(variables, optax.sgd(0.1), seed=0)
+
+    def loss(logits, *_):
+        mean = jnp.mean(logits, axis=(1, 2, 3))
+        return mean / 0 if what == "loss" else jnp.sqrt(jnp.abs(mean) * 0)
+
+    monkeypatch.setattr("cfbi_jax.training.step.bootstrapped_cross_entropy", loss)
+    text = explain(training.start, training.clips, training.options, state, 2)
+    named = {
+        "loss": r"the loss of clip 0, -?inf",
+        "gradient": r"the gradient of clip 0 to \w+(/\w+)+ \(\d+ of \d+\)",
+    }
+    assert re.match(f"step 1: not finite, first in {named[what]}; clips 0 ", text), text
 
 
 def test_not_finite_is_known_even_where_nothing_is_logged(config, weights, tmp_path, monkeypatch):

@@ -304,7 +304,7 @@ def masks_over_the_truth(config, root):
     [
         (batch_size, ["config.batch_size is 3; expected a multiple of 2 (1 devices x"]),
         (no_root, ["nowhere: no such folder"]),
-        (empty_root, ["root of the davis source is empty"]),
+        (empty_root, ["config.sources.davis.root is empty"]),
         (unknown_dataset, ['dataset is "kitti"; expected one of']),
         (no_sources, ["config.sources is empty, or all weights are 0; expected"]),
         (sources_of_weight_zero, ["config.sources is empty, or all weights are 0; expected"]),
@@ -352,6 +352,14 @@ def test_bad_input_is_found_before_the_first_step(
         assert message in text
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_devices(config, tmp_path, monkeypatch):
+    config.batch_size = 3
+    two = jax.local_devices() * 2
+    monkeypatch.setattr(jax, "devices", lambda: two)
+    text = error_of(config, tmp_path / "out", monkeypatch)
+    assert "config.batch_size is 3; expected a multiple of 2 (2 devices x" in text
 
 
 def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path):
