@@ -4,7 +4,9 @@
         --config.data.root=DAVIS --config.init_from=deeplab_resnet101.pth
 
 The single ablations of Tables 4 and 5 are one override of `configs/davis.py` each, or
-`configs/no_background.py`; README lists them. Cost: not measured. Result: paper, J&F on DAVIS 2017 validation 68.3; not reproduced yet.
+`configs/no_background.py`; README lists them.
+
+Cost: not measured. Result: paper, J&F on DAVIS 2017 validation 68.3; not reproduced yet.
 """
 
 from configs import davis

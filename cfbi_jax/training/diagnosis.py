@@ -73,6 +73,7 @@ def _bad_loss_or_gradient(
         index=np.array([number], np.int32),
         packing=jax.tree.map(lambda x: x[0], packing),
     )
+    batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
         constants = state.frozen, state.step, state.key
