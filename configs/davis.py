@@ -19,10 +19,10 @@ Evaluates weights alone (PNGs, the official tool's tables, the server's zip):
 DAVIS 2016: `--config.data.year=2016`. test-dev: `--config.data.split=test-dev`. Multi-scale and
 flip as in the paper: `--config.inference.scales="(2.0, 2.15, 2.3)" --config.inference.flip=True`.
 
-Cost: not measured whole; a step of 8 clips of two objects took 0.21 s and 24 GiB (38 GiB while XLA
-tunes) on an NVIDIA H200 with `--config.model.compute_dtype=bfloat16`. Result: paper, J&F on DAVIS
-2017 validation 74.9 trained on DAVIS alone (81.9 with YouTube-VOS, multi-scale 83.3); not
-reproduced yet.
+Cost: not measured whole; with an earlier version a step of 8 clips of two objects took 0.21 s and
+24 GiB (38 GiB while XLA tunes) on an NVIDIA H200 with `--config.model.compute_dtype=bfloat16`.
+Result: paper, J&F on DAVIS 2017 validation 74.9 trained on DAVIS alone (81.9 with YouTube-VOS,
+multi-scale 83.3); not reproduced yet.
 """
 
 from cfbi_jax.config import default_config, source

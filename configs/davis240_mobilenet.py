@@ -1,7 +1,8 @@
 """MobileNetV2 and a narrow head on DAVIS at 240 lines: the smallest real training, for CPUs.
 
     python -m cfbi_jax.main --config=configs/davis240_mobilenet.py --workdir=OUT \
-        --config.data.root=DAVIS240 --config.init_from=mobilenet_v2_pascal.npz --config.mode=train
+        --config.init_from=mobilenet_v2_pascal_deeplabv3.npz --config.data.root=DAVIS240 \
+        --config.mode=train
     python -m cfbi_jax.main --config=configs/davis240_mobilenet.py --workdir=EVAL \
         --config.data.root=DAVIS240 --config.checkpoint=OUT/checkpoints/2400 --config.mode=eval
 

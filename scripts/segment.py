@@ -24,22 +24,21 @@ import ast
 import contextlib
 import dataclasses
 import itertools
-import os
 import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from rich.progress import track
 
 from cfbi_jax import VideoSegmenter
 from cfbi_jax.data.image_files import (
     VOC_PALETTE,
+    ids_in,
     list_frames,
     read_mask,
     read_palette,
@@ -47,7 +46,14 @@ from cfbi_jax.data.image_files import (
 )
 from cfbi_jax.files import check_writable, path_of
 from cfbi_jax.inference.options import Options
-from cfbi_jax.inference.video import MaskWriter, open_video, overlay, read_frames
+from cfbi_jax.inference.video import (
+    MaskWriter,
+    count_frames,
+    overlay,
+    read_frames,
+    stated_by,
+    video_writer,
+)
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
 
@@ -102,74 +108,12 @@ def options_of(arguments: list[str]) -> dict[str, Any]:
     return options
 
 
-@contextlib.contextmanager
-def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields a function that adds an RGB frame. The file appears at the end; where an error or
-    Ctrl-C is the end, with the frames so far, as those of the masks.
-
-    Codecs want even sizes: an odd one is filled up with its last row or column.
-    Errors: OSError where OpenCV cannot write such a file, or wrote less than it was given.
-    """
-    temporary = path.absolute().with_name(f".{os.getpid()}-{path.name}")  # see open_video
-    writer = cv2.VideoWriter()
-    written = 0
-    if per_second > 65:  # MPEG-4 counts time in 1/65535 seconds, OpenCV in thousandths of a frame
-        per_second = round(per_second)
-
-    def write(rgb: np.ndarray) -> None:
-        nonlocal written
-        height, width = rgb.shape[:2]
-        rgb = cv2.copyMakeBorder(rgb, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        if not writer.isOpened():
-            size = rgb.shape[1], rgb.shape[0]
-            if not writer.open(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size):
-                what = f"{size[0]} x {size[1]} pixels, {per_second:g} frames per second"
-                raise OSError(f"{path}: OpenCV cannot write a video of {what}")
-        writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
-        written += 1
-
-    ended = False
-    try:
-        yield write
-        ended = True
-    finally:
-        writer.release()
-        try:
-            found = stated_by(temporary)[0] if written else 0
-            if ended and found != written:  # OpenCV does not say that the disk is full
-                raise OSError(f"{path}: {found} of {written} frames were written; a full disk?")
-            if found:
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def stated_by(video: Path) -> tuple[int, float]:
-    """Frames of a video file and frames per second, as it says; 0 where it does not."""
-    capture = open_video(video)
-    try:
-        count, per_second = (capture.get(x) for x in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
-    finally:
-        capture.release()
-    return max(int(count), 0), max(per_second, 0.0)
-
-
-def count_frames(video: Path) -> int:
-    """Frames of a video file that can be read. Decodes all: what files state is an estimate, or
-    counts frames that are cut off."""
-    capture = open_video(video)
-    try:
-        return sum(1 for _ in iter(capture.grab, False))
-    finally:
-        capture.release()
-
-
 def main(arguments: argparse.Namespace) -> None:
     options = Options(**options_of(arguments.option))
     video, output = arguments.video, arguments.output
     frames = read_frames(video)
     first = next(frames)
-    size, frames = first.shape[:2], itertools.chain([first], frames)
+    frames = itertools.chain([first], frames)
     paths = mask_paths(arguments.masks)
     names, per_second = None, PICTURES_PER_SECOND
     if video.is_dir():
@@ -180,6 +124,59 @@ def main(arguments: argparse.Namespace) -> None:
         per_second = stated or per_second
         if any(paths):
             count = count_frames(video)
+    masks = read_masks(paths, video, first.shape[:2], count, names)
+    palette = read_palette(paths[min(paths)])
+    if palette is None:
+        palette = VOC_PALETTE
+
+    results = [output / name for name in ("masks", "overlay.mp4", "cutouts")]
+    there = ", ".join(str(path) for path in results if path.exists())
+    if there:
+        raise FileExistsError(f"{there}: exists; delete it, or choose another --output")
+    check_writable(output)
+    masks_folder, overlay_path, cutouts = results
+
+    seen = deque()  # frames whose masks are still to come
+
+    def remembered() -> Iterator[np.ndarray]:
+        for frame in frames:
+            if arguments.overlay or arguments.cutouts:
+                seen.append(frame)
+            yield frame
+
+    segmenter = VideoSegmenter.from_checkpoint(arguments.checkpoint, **dataclasses.asdict(options))
+    labels = segmenter.segment(remembered(), masks)
+    ids = sorted(set().union(*(ids_in(mask).tolist() for mask in masks.values())) - {0})
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(MaskWriter())
+        if arguments.overlay:
+            write_frame = stack.enter_context(video_writer(overlay_path, per_second))
+        for index, label in enumerate(track(labels, "segmenting", count or None)):
+            name = f"{index:05d}" if names is None else names[index]
+            writer.write(masks_folder / f"{name}.png", label, palette)
+            if not seen:
+                continue
+            frame = seen.popleft()
+            if arguments.overlay:
+                write_frame(overlay(frame, label, palette=palette))
+            if arguments.cutouts:
+                for object_id in ids:
+                    path = cutouts / str(object_id) / f"{name}.png"
+                    writer.submit(write_cutout, path, frame, label == object_id)
+    for path in results:
+        if path.exists():
+            print(f"wrote {path}")
+
+
+def read_masks(
+    paths: dict[int, Path],
+    video: Path,
+    size: tuple[int, int],
+    count: int,
+    names: list[str] | None,
+) -> dict[int, np.ndarray]:
+    """The given masks by frame, of a video of `count` frames of `size` (height, width), which have
+    `names` where they are pictures. Errors: ValueError that names the file."""
     late = [frame for frame in sorted(paths) if frame and frame >= count]
     if late:
         raise ValueError(f"masks for frames {late}; {video} has {count} frames, from 0 on")
@@ -195,48 +192,13 @@ def main(arguments: argparse.Namespace) -> None:
                 f"{paths[frame]}: {mask.shape[0]} x {mask.shape[1]} pixels (height x width); "
                 f"expected {size[0]} x {size[1]} as the frames of {video}, upright"
             )
-    palette = read_palette(paths[min(paths)])
-    if palette is None:
-        palette = VOC_PALETTE
+    return masks
 
-    results = [output / name for name in ("masks", "overlay.mp4", "cutouts")]
-    there = ", ".join(str(path) for path in results if path.exists())
-    if there:
-        raise FileExistsError(f"{there}: exists; delete it, or choose another --output")
-    ids = sorted(set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0})
-    masks_folder, overlay_path, cutouts = results
-    check_writable(output)
 
-    seen = deque()  # frames whose masks are still to come
-
-    def remembered() -> Iterator[np.ndarray]:
-        for frame in frames:
-            if arguments.overlay or arguments.cutouts:
-                seen.append(frame)
-            yield frame
-
-    segmenter = VideoSegmenter.from_checkpoint(arguments.checkpoint, **dataclasses.asdict(options))
-    labels = segmenter.segment(remembered(), masks)
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(MaskWriter())
-        if arguments.overlay:
-            write_frame = stack.enter_context(video_writer(overlay_path, per_second))
-        for index, label in enumerate(track(labels, "segmenting", count or None)):
-            name = f"{index:05d}" if names is None else names[index]
-            writer.write(masks_folder / f"{name}.png", label, palette)
-            if not seen:
-                continue
-            frame = seen.popleft()
-            if arguments.overlay:
-                write_frame(overlay(frame, label, palette=palette))
-            if arguments.cutouts:
-                opaque = np.dstack([frame, np.full_like(label, 255)])
-                for object_id in ids:
-                    path = cutouts / str(object_id) / f"{name}.png"
-                    write_image(path, opaque * (label == object_id)[..., None])
-    for path in results:
-        if path.exists():
-            print(f"wrote {path}")
+def write_cutout(path: Path, frame: np.ndarray, mine: np.ndarray) -> None:
+    """The frame where `mine` is true; all else is black and transparent."""
+    opaque = np.dstack([frame, np.full(mine.shape, 255, np.uint8)])
+    write_image(path, opaque * mine[..., None])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from video_files import state_frames, write_clip
 
 import cfbi_jax
 from cfbi_jax.data.image_files import read_mask, read_palette, write_image, write_mask
-from cfbi_jax.inference.video import overlay, read_frames
+from cfbi_jax.inference.video import overlay, read_frames, video_writer
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.weights.checkpoint import save_checkpoint
 
@@ -110,7 +110,7 @@ def test_pictures(script, inputs, tmp_path, capsys):
 
 def test_a_video_file(script, inputs, tmp_path):
     """Its masks are numbered; its overlay has its speed; sizes may be odd."""
-    with script.video_writer(inputs / "video.mp4", 10.0) as write:
+    with video_writer(inputs / "video.mp4", 10.0) as write:
         for frame in random_video(4):
             write(frame)
     out = tmp_path / "out"
@@ -125,7 +125,7 @@ def test_a_video_file(script, inputs, tmp_path):
 
     odd = np.zeros((41, 57, 3), np.uint8)
     odd[:, -1] = 255
-    with script.video_writer(tmp_path / "odd.mp4", 24.0) as write:
+    with video_writer(tmp_path / "odd.mp4", 24.0) as write:
         write(odd)
     (frame,), _ = frames_of(tmp_path / "odd.mp4")
     assert frame.shape == (42, 58, 3) and (frame[:, -2:] > 128).all()
@@ -133,7 +133,7 @@ def test_a_video_file(script, inputs, tmp_path):
 
 @pytest.mark.parametrize("per_second", [29.97, 239.947])
 def test_speeds(script, tmp_path, per_second):
-    with script.video_writer(tmp_path / "x.mp4", per_second) as write:
+    with video_writer(tmp_path / "x.mp4", per_second) as write:
         for frame in random_video(3):
             write(frame)
     frames, found = frames_of(tmp_path / "x.mp4")
@@ -147,7 +147,7 @@ def test_a_video_that_is_not_whole_is_not_kept(script, tmp_path):
     try:
         with (
             pytest.raises(OSError, match=r"x\.mp4: \d of 9 frames were written"),
-            script.video_writer(tmp_path / "x.mp4", 24.0) as write,
+            video_writer(tmp_path / "x.mp4", 24.0) as write,
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
             for seed in range(9):
@@ -161,7 +161,7 @@ def test_a_video_that_is_not_whole_is_not_kept(script, tmp_path):
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 @pytest.mark.parametrize("written", [0, 2])
 def test_of_what_fails_the_frames_so_far_stay(script, tmp_path, written, error):
-    with pytest.raises(error), script.video_writer(tmp_path / "x.mp4", 24.0) as write:
+    with pytest.raises(error), video_writer(tmp_path / "x.mp4", 24.0) as write:
         for _ in range(written):
             write(np.zeros((16, 16, 3), np.uint8))
         raise error

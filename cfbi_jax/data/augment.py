@@ -50,8 +50,9 @@ def choose_view(
 ) -> View:
     """A random view of frames as large as `reference`, the label of the reference frame.
 
-    With more than one of `tries` this is the balanced random crop: the first window in which an
-    object has more than `min_object_pixels` pixels of `reference` is taken, else the last one.
+    With more than one of `tries` this is the balanced random crop (paper section 4): the first
+    window in which an object has more than `min_object_pixels` pixels of `reference` is taken, else
+    the last one.
 
     Args:
       reference: ids, 0 for background, 255 for nobody's.

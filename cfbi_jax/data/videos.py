@@ -87,7 +87,7 @@ def skip_short(files: Iterable[TrainingFiles], least: int) -> list[TrainingFiles
 
 
 def read_label(video: EvaluationVideo, path: Path) -> UInt8[np.ndarray, "height width"]:
-    """Reads a mask file (given, true or a result) as this video's data set means it.
+    """Reads a given or true mask file as this video's data set means it.
 
     Errors: those of `image_files.read_mask`.
     """

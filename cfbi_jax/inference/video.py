@@ -1,12 +1,15 @@
 """Frames in, masks and pictures out, while the computation goes on."""
 
+import contextlib
 import logging
+import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -113,6 +116,26 @@ def _decode_video(
         capture.release()
 
 
+def stated_by(video: Path) -> tuple[int, float]:
+    """Frames of a video file and frames per second, as it says; 0 where it does not."""
+    capture = open_video(video)
+    try:
+        count, per_second = (capture.get(x) for x in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+    finally:
+        capture.release()
+    return max(int(count), 0), max(per_second, 0.0)
+
+
+def count_frames(video: Path) -> int:
+    """Frames of a video file that can be read. Decodes all: what files state is an estimate, or
+    counts frames that are cut off."""
+    capture = open_video(video)
+    try:
+        return sum(1 for _ in iter(capture.grab, False))
+    finally:
+        capture.release()
+
+
 class MaskWriter:
     """Writes masks in a few threads, so that the computation need not wait for PNG files.
 
@@ -137,10 +160,13 @@ class MaskWriter:
         palette: UInt8[np.ndarray, "256 3"] = VOC_PALETTE,
     ) -> None:
         """Hands a mask over; see `image_files.write_mask`. The label may be changed afterwards."""
+        self.submit(image_files.write_mask, path, np.array(label), palette)
+
+    def submit(self, write: Callable, *arguments: Any) -> None:
+        """The same for any function that writes a file; the arguments are not to be changed."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self._limit):
             self._pending.popleft().result()
-        job = self._pool.submit(image_files.write_mask, path, np.array(label), palette)
-        self._pending.append(job)
+        self._pending.append(self._pool.submit(write, *arguments))
 
     def __enter__(self) -> "MaskWriter":
         return self
@@ -156,6 +182,48 @@ class MaskWriter:
         if error is None:
             for job in self._pending:
                 job.result()
+
+
+@contextlib.contextmanager
+def video_writer(path: Path, per_second: float) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields a function that adds an RGB frame. The file appears at the end; where an error or
+    Ctrl-C is the end, with the frames so far, as those of the masks.
+
+    Codecs want even sizes: an odd one is filled up with its last row or column.
+    Errors: OSError where OpenCV cannot write such a file, or wrote less than it was given.
+    """
+    temporary = path.absolute().with_name(f".{os.getpid()}-{path.name}")  # see open_video
+    writer = cv2.VideoWriter()
+    written = 0
+    if per_second > 65:  # MPEG-4 counts time in 1/65535 seconds, OpenCV in thousandths of a frame
+        per_second = round(per_second)
+
+    def write(rgb: np.ndarray) -> None:
+        nonlocal written
+        height, width = rgb.shape[:2]
+        rgb = cv2.copyMakeBorder(rgb, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        if not writer.isOpened():
+            size = rgb.shape[1], rgb.shape[0]
+            if not writer.open(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), per_second, size):
+                what = f"{size[0]} x {size[1]} pixels, {per_second:g} frames per second"
+                raise OSError(f"{path}: OpenCV cannot write a video of {what}")
+        writer.write(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+        written += 1
+
+    ended = False
+    try:
+        yield write
+        ended = True
+    finally:
+        writer.release()
+        try:
+            found = stated_by(temporary)[0] if written else 0
+            if ended and found != written:  # OpenCV does not say that the disk is full
+                raise OSError(f"{path}: {found} of {written} frames were written; a full disk?")
+            if found:
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def overlay(

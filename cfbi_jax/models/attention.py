@@ -66,7 +66,8 @@ class Gate(nn.Module):
 
 
 class DynamicLogit(nn.Module):
-    """A logit per pixel whose 1x1 kernel and bias are linear in the instance vector."""
+    """A logit per pixel whose 1x1 kernel and bias are linear in the instance vector (as released;
+    the paper does not mention it)."""
 
     @nn.compact
     def __call__(

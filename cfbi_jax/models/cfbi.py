@@ -53,7 +53,8 @@ def rows_in_groups(batch: int, num_rows: int, size: int) -> Packing:
 
 
 class PixelEmbedding(nn.Module):
-    """Depthwise separable convolution to the pixel embedding (not negative: it ends in a ReLU)."""
+    """Depthwise separable convolution to the pixel embedding (paper section 4), which is not
+    negative: it ends in a ReLU."""
 
     features: int
     dtype: DTypeLike = jnp.float32
@@ -324,7 +325,7 @@ def augment_background(
     valid: Float[Array, "b rows"],
 ) -> Float[Array, "b rows h w"]:
     """Foreground logits; the true background's also gains the least of the objects' background
-    logits, where there is an object."""
+    logits, where there is an object (as released; the paper does not mention it)."""
     is_object = valid.at[:, 0].set(0)[:, :, None, None] > 0
     least = jnp.min(jnp.where(is_object, background, jnp.inf), axis=1)
     return foreground.at[:, 0].add(jnp.where(jnp.any(is_object, axis=1), least, 0))

@@ -123,6 +123,13 @@ class LogitPair(nn.Module):
 
 
 class CollaborativeEnsembler(nn.Module):
+    """Paper section 3.3: residual blocks down to stride 16, each gated by the instance vector
+    (section 3.2), ASPP and a decoder with the low-level features, for every object row.
+
+    features: of the deepest blocks and the decoder. `vector`: None leaves all gates open, and the
+    logits' kernels are then the same for every row.
+    """
+
     features: int
     dtype: DTypeLike = jnp.float32
 

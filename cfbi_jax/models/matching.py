@@ -422,7 +422,7 @@ def _diagonals(x: Float[Array, "*batch n m"], n: int) -> Float[Array, "*batch n 
 def background_distance(
     foreground: Float[Array, "b h w rows *windows"], valid: Float[Array, "b rows"]
 ) -> Float[Array, "b h w rows *windows"]:
-    """Background maps (eq. 3 and 7): per row the minimum over the *other* valid rows' maps.
+    """Background maps (eq. 3, 6 and 7): per row the minimum over the *other* valid rows' maps.
 
     A row alone in its video keeps its own map, as the released network does.
     """

@@ -61,9 +61,9 @@ class Stopped(Exception):
 def run(training: Training) -> None:
     """Trains from the newest checkpoint, or from the start, to the end; evaluates the best weights.
 
-    Raises Stopped after SIGTERM, NotFinite for a loss or gradient that is no number,
-    CheckpointError where a checkpoint cannot be written or none can be read, Refused where another
-    run is at work in the folder, MemoryError for what the device's memory does not hold.
+    Raises Stopped after SIGTERM and the first Ctrl-C, NotFinite for a loss or gradient that is no
+    number, CheckpointError where a checkpoint cannot be written or none can be read, Refused where
+    another run is at work in the folder, MemoryError for what the device's memory does not hold.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(training.workdir))

@@ -1,4 +1,8 @@
-"""The bootstrapped cross-entropy of CFBI's training (paper section 4, "Training Details")."""
+"""The bootstrapped cross-entropy of CFBI's training (paper section 4, "Training Details").
+
+That it moves to the hardest pixels little by little, and how ignored pixels count, is how the
+released loss has it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ HARDEST_SHARE = 0.15
 def mining_ratio(step: Num[Array, ""] | int, mining_step: int) -> Float[Array, ""]:
     """How far the loss has moved from all pixels (0) to the hardest 15 % alone (1).
 
-    Linear until `mining_step`, half of all steps in the paper; 0 mines from the start.
+    Linear until `mining_step`, half of all steps as released; 0 mines from the start.
     """
     if not mining_step:
         return jnp.float32(1)

@@ -1,5 +1,6 @@
-"""The optimiser: clipping, the paper's SGD (Nesterov momentum, coupled weight decay) or Adam, and
-the rate's warm-up and decay."""
+"""The optimiser: clipping, SGD with momentum (paper section 4; Nesterov's, coupled weight decay) or
+Adam, and the rate's warm-up and decay. What the paper does not say is as in trainers of the
+authors' family."""
 
 from collections.abc import Callable
 

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -164,9 +165,9 @@ def test_half_precision(config, tmp_path):
     assert found == expected
 
 
-def command(config, out, *, code="", env=None):
+def command(config, out, *arguments, code="", env=None):
     """Starts the command on the tiny configuration, with the same changes as in `config`."""
-    flags = [f"--config.init_from={config.init_from}", f"--config.mode={config.mode}"]
+    flags = [*arguments, f"--config.init_from={config.init_from}", f"--config.mode={config.mode}"]
     program = ["-m", "cfbi_jax.main"]
     if code:
         start = "import runpy; runpy.run_module('cfbi_jax.main', run_name='__main__')"
@@ -375,12 +376,32 @@ def test_a_run_with_scores_keeps_to_what_they_are_of(config, begun, monkeypatch)
     assert text.splitlines()[1:-1] == ["  data.split: 'val' in the checkpoint, 'train' now"]
 
 
-def test_another_number_of_devices_goes_on(config, whole, begun, tmp_path):
+def test_other_numbers_of_devices_and_processes_go_on(config, whole, begun, tmp_path):
+    """In two processes, until the first one, which alone writes lines, gets a SIGTERM; all stop at
+    the same step. Then in one, on two devices."""
     shutil.rmtree(begun / "checkpoints" / "6")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    code = signal_after_line(5, signal.SIGTERM)
+    both = [
+        command(config, begun, f"--distributed={place},{i},2", code=code, env={"XLA_FLAGS": ""})
+        for i in range(2)
+    ]
+    try:
+        for status, text in map(end_of, both):
+            assert status == 128 + signal.SIGTERM, text
+            assert "going on from step 4 of 8" in text
+    finally:
+        for process in both:
+            process.kill()
+    stopped = checkpoint_steps(begun)[-1]
+    assert 5 <= stopped < STEPS and list(losses(begun)) == list(range(1, stopped + 1))
+
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     status, text = end_of(command(config, begun, env={"XLA_FLAGS": flags}))
     assert status == 0, text
-    assert "going on from step 4 of 8" in text
+    assert f"going on from step {stopped} of 8" in text
     found, expected = losses(begun), losses(whole)
     assert list(found) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(found[5], expected[5], rtol=1e-4)

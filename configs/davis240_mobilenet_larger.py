@@ -1,0 +1,28 @@
+"""More steps for `davis240_mobilenet.py`'s network, on larger crops of larger frames.
+
+    python -m cfbi_jax.main --config=configs/davis240_mobilenet_larger.py --workdir=OUT \
+        --config.data.root=DAVIS240 --config.init_from=FIRST/checkpoints/2400 --config.mode=train
+    python -m cfbi_jax.main --config=configs/davis240_mobilenet_larger.py --workdir=EVAL \
+        --config.data.root=DAVIS240 --config.checkpoint=OUT/checkpoints/900 --config.mode=eval
+
+FIRST is the work directory of `davis240_mobilenet.py`. Clips of single pictures move as slowly as
+videos do, and half of all first previous masks have an error from the first step on. Frames are
+enlarged 1.5 times where they are segmented, too. docs/real_video.md has the scores by object.
+
+Cost: RESULT
+"""
+
+from configs import davis240_mobilenet
+
+
+def get_config():
+    config = davis240_mobilenet.get_config()
+    config.seed = 21  # not the first stage's clips again
+    config.clips.update(crop_size=241, short_edge=288)
+    config.sources.static.static_frames = 20
+    config.num_train_steps = 900
+    config.learning_rate = 0.0006
+    config.mask_errors_start = 0.0
+    config.eval_every_steps = 900
+    config.inference.scales = (1.5,)
+    return config
