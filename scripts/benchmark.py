@@ -10,8 +10,9 @@
     python scripts/benchmark.py startup --size 480x854 --model r101
     python scripts/benchmark.py all --output DIR --jobs 8
 
-Weights and videos are random. Every figure is the median of --runs runs after one to warm up, with
-the least and the largest beside it; compile times are apart. "limit" is the least time in which the
+Weights and videos are random. Every figure is the median of --runs runs (videos from files and
+convolutions alone: three at most) after one to warm up, with the least and the largest beside it;
+compile times are apart. "limit" is the least time in which the
 machine, as measured in the same run, does the stage's products or reads and writes its inputs and
 outputs; "share of limit" is that time as a share of the stage's. Shares and ratios can be compared
 between machines and noisy hours, seconds cannot.
@@ -20,7 +21,7 @@ between machines and noisy hours, seconds cannot.
 their numbers before their times. --json writes everything, and details, to a file. Bad input gives
 a message and exit status 1.
 
-`all` measures all settings whose figures are published, into --output/NAME.json and NAME.txt, which
+`all` measures the settings of the published stages, videos, trainings and plans, into --output/NAME.json and NAME.txt, which
 takes much more than ten minutes. Repeated with the same flags, it goes on with what is missing;
 figures of other flags are measured again, those of another machine are not: give it another folder.
 """
