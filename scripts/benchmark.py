@@ -21,9 +21,10 @@ between machines and noisy hours, seconds cannot.
 their numbers before their times. --json writes everything, and details, to a file. Bad input gives
 a message and exit status 1.
 
-`all` measures the settings of the published stages, videos, trainings and plans, into --output/NAME.json and NAME.txt, which
-takes much more than ten minutes. Repeated with the same flags, it goes on with what is missing;
-figures of other flags are measured again, those of another machine are not: give it another folder.
+`all` measures the settings of the published stages, videos, trainings and plans, into
+--output/NAME.json and NAME.txt, which takes much more than ten minutes. Repeated with the same
+flags, it goes on with what is missing; figures of other flags are measured again, those of another
+machine are not: give it another folder.
 """
 
 import argparse
