@@ -8,8 +8,6 @@ OUT/overlays/<video>.png               with --config.overlays=True
 
 import dataclasses
 import logging
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +18,7 @@ from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
 from cfbi_jax.data.image_files import read_mask
 from cfbi_jax.data.sources import DATASETS
-from cfbi_jax.data.videos import EvaluationVideo, check_videos, split_names
+from cfbi_jax.data.videos import EvaluationVideo, check_videos, in_threads, split_names
 from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
@@ -98,9 +96,11 @@ def _read_truth(videos: list[EvaluationVideo]) -> None:
     """Reads the true masks, of which `check_videos` sees the header and the end, to find damaged
     ones early. Errors: those of `read_mask`."""
     paths = [path for video in videos for path in video.truth.values()]
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(partial(read_mask, refuse_shades=False), paths):
-            pass
+    in_threads(_look_at_truth, paths)
+
+
+def _look_at_truth(path: Path) -> None:
+    read_mask(path, refuse_shades=False)
 
 
 def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:

@@ -248,5 +248,5 @@ if __name__ == "__main__":
         main(parse_arguments(), sys.argv)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")

@@ -92,10 +92,11 @@ class RecordVideo:
     def mask(self, t: int) -> UInt8[np.ndarray, "height width"]:
         """The ids at frame `t`: 0 or 1 if there is but one object; 255 where void, if there is any.
 
-        Errors: IndexError; those of `decode_mask`.
+        Errors: IndexError; those of `decode_mask`, but for shades, which no file had when it was
+        copied.
         """
         record = self._record(t)
-        label = decode_mask(record["mask"], self._file(record, "mask"))
+        label = decode_mask(record["mask"], self._file(record, "mask"), refuse_shades=False)
         return (label > 0).astype(np.uint8) if self.reading == "binary" else label
 
     def _record(self, t: int) -> dict[str, Any]:

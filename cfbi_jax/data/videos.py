@@ -168,11 +168,11 @@ def check_names(kind: str, wanted: Iterable[str], known: Iterable[str], where: P
             )
 
 
-def in_threads(look: Callable, videos: Sequence) -> list:
-    """`look` of each video, as data sets often lie on a network file system. Of several errors the
-    first in the order of `videos` is raised."""
+def in_threads(look: Callable, items: Sequence) -> list:
+    """`look` of each item, as data sets often lie on a network file system. Of several errors the
+    first in the order of `items` is raised."""
     with ThreadPoolExecutor(THREADS) as pool:
-        results = [pool.submit(look, video) for video in videos]
+        results = [pool.submit(look, item) for item in items]
         try:
             return [result.result() for result in results]
         except BaseException:

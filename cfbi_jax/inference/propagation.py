@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from cfbi_jax.compilation import own_settings
+from cfbi_jax.data.image_files import ids_in
 from cfbi_jax.inference.programs import Programs, out_of_memory_explained
 from cfbi_jax.inference.state import Features, State, remember
 from cfbi_jax.inference.test_time import View
@@ -154,14 +155,14 @@ class Propagation:
                 f"the mask of frame {self.index} has {mask.shape[0]} x {mask.shape[1]} pixels; "
                 f"expected {self._size[0]} x {self._size[1]} as its frame"
             )
-        ids = set(np.unique(mask).tolist()) - {0}
+        ids = set(ids_in(mask).tolist()) - {0}
         self._programs.options.check_object_count(len(ids | set(self._ids)))
         if self._state is not None:
             self._programs.options.check_reference_count(self._state.num_references + 1)
 
     def _to_rows(self, mask: Label) -> tuple[Label, tuple[int, ...]]:
         """The mask in rows, and the ids of all rows then: new ids get the next rows."""
-        new = [i for i in np.unique(mask).tolist() if i and i not in self._ids]
+        new = [i for i in ids_in(mask).tolist() if i and i not in self._ids]
         ids = (*self._ids, *new)
         table = np.zeros(256, np.uint8)
         table[list(ids)] = np.arange(1, len(ids) + 1)

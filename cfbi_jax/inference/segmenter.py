@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cfbi_jax.compilation import DEFAULT, use_compilation_cache
-from cfbi_jax.data.image_files import check_label, shades_in
+from cfbi_jax.data.image_files import check_label, ids_in, shades_in
 from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
@@ -197,7 +197,7 @@ class VideoSegmenter:
         shapes = {mask.shape for mask in masks.values()}
         if len(shapes) > 1:
             raise ValueError(f"masks of one video have different sizes: {sorted(shapes)}")
-        ids = set().union(*(np.unique(mask).tolist() for mask in masks.values())) - {0}
+        ids = set().union(*(ids_in(mask).tolist() for mask in masks.values())) - {0}
         if not ids and not empty_allowed:
             raise ValueError("no mask holds an object: every pixel given is background (0)")
         self.options.check_object_count(len(ids))

@@ -365,6 +365,32 @@ def test_gradient_of_the_nearest_pixel_over_several_tiles_and_chunks(small_parts
     check_nearest(found, seed, (24, 45, 3, 4), empty_row=seed > 0)
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.tuples(*(st.integers(1, most) for most in (30, 60, 3, 5))),
+    seed=st.integers(0, 10**6),
+    kernel=st.booleans(),
+)
+def test_small_integers_of_any_size_have_exact_distances(sizes, seed, kernel):
+    """Many ties, rows without a pixel, sizes that divide neither tiles nor chunks."""
+    queries, pixels, channels, rows = sizes
+    rng = np.random.default_rng(seed)
+    query = rng.integers(0, 4, (queries, channels)).astype(np.float32)
+    reference = rng.integers(0, 4, (pixels, channels)).astype(np.float32)
+    label = rng.integers(0, rows + 1, pixels)
+    label = np.where(label == rows, matching.NOBODY, label).astype(np.uint8)
+    blocks = Blocks(16, 8, 2) if kernel and jax.default_backend() == "cpu" else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "blocks_here", lambda *_: blocks)
+        patch.setattr(matching, "_chunk_sizes", lambda: (13, 7))
+        arrays = map(jnp.asarray, (query, reference, label))
+        found = matching.nearest_squared_distance(*arrays, rows)
+    squared = np.square(query[:, None] - reference).sum(axis=-1)
+    for row in range(rows):
+        expected = squared[:, label == row].min(axis=1, initial=FAR)
+        np.testing.assert_array_equal(found[:, row], expected)
+
+
 @pytest.mark.parametrize("blocks", [None, Blocks(16, 16, 2), Blocks(16, 2, 2)])
 @pytest.mark.parametrize("tile", [512, 2])
 def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch, tile, blocks):
