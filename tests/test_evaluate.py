@@ -575,7 +575,7 @@ def test_quickstart_command(tmp_path):
         (["--config.mode=trian"], 'error: config.mode is "trian"'),
         (["--config.mode=eval"], "error: config.checkpoint is empty"),
         (["--config.mode=eval", "--config.untrained=True"], "error: config.data.root is empty"),
-        ([], "error: the root of the davis source is empty"),
+        ([], "error: config.sources.davis.root is empty"),
     ],
 )
 def test_command_refuses_bad_arguments_without_a_traceback_of_ours(tmp_path, arguments, message):

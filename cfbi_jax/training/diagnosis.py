@@ -82,7 +82,7 @@ def _bad_loss_or_gradient(
         )
         return losses[0]
 
-    value, gradient = jax.value_and_grad(loss)(state.params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
     if not np.isfinite(value):
         return f"the loss of clip {number}, {value}"
     return _first_bad_array(f"the gradient of clip {number} to", gradient)
