@@ -168,11 +168,15 @@ def test_only_the_frame_asked_for_is_read(root, tmp_path, monkeypatch):
             asked.append(index)
             return self.records[index]
 
+    def watched(decode):
+        def decode_and_tell(data, name, **options):
+            decoded.append(name)
+            return decode(data, name, **options)
+
+        return decode_and_tell
+
     for name in ("decode_frame", "decode_mask"):
-        decode = getattr(records, name)
-        monkeypatch.setattr(
-            records, name, lambda data, where, d=decode: (decoded.append(where), d(data, where))[1]
-        )
+        monkeypatch.setattr(records, name, watched(getattr(records, name)))
     opened.source.data_source = Watched(opened.source.data_source)
     video = opened.video(1)
     assert asked == []
