@@ -37,6 +37,7 @@ def explain(
     without dropout, loss and gradient those of the step: what only dropout or a predicted mask
     makes infinite is found in the loss.
     """
+    state = _here(state)
     step = int(state.step)
     first = step * batch_size
     numbers = range(first, first + batch_size)
@@ -49,6 +50,13 @@ def explain(
     bad = bad or next(filter(None, (look(number) for look in looks for number in numbers)), None)
     bad = bad or "the sum of the clips' gradients: each of them is finite"
     return f"step {step + 1}: not finite, first in {bad}; clips {names}"
+
+
+def _here(state: TrainState) -> TrainState:
+    """What a step depends on, on this process' own device: the run's may be on other hosts, too."""
+    key = jax.random.wrap_key_data(np.asarray(jax.random.key_data(state.key)))
+    rest = state._replace(key=None, optimizer=None, ema=None)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), rest)._replace(key=key)
 
 
 def _first_bad_array(what: str, tree: Any) -> str | None:
