@@ -7,7 +7,7 @@ synthetic videos that are drawn on the fly, and is evaluated on eight videos tha
 Look at OUT/overlays/*.png, OUT/pictures/*.png, and `python scripts/plot_run.py OUT`.
 
 Cost: 7.4 minutes on 2 cores of an AMD EPYC, compilation included, 3 GB of memory. Result: J&F 0.755
-there for seed 0, 0.79 on two cores of an Intel Xeon, and on one core each 0.79, 0.77, 0.81 for
+there for seed 0, 0.77 on two cores of an Intel Xeon, and on one core each 0.79, 0.77, 0.81 for
 seeds 0, 1, 2 (README has what it beats; sums that round differently make other networks).
 """
 
