@@ -1,5 +1,6 @@
 """What went wrong in a step whose loss or gradient is not finite."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ def explain(
     names = ", ".join(f"{number} ({clips[number].name})" for number in numbers)
     looks = (
         partial(_first_bad_activation, start, clips, state),
-        partial(_bad_loss_or_gradient, start, clips, options, state),
+        _look_at_losses(start, clips, options, state),
     )
     bad = _first_bad_array("weights", state.params)
     bad = bad or next(filter(None, (look(number) for look in looks for number in numbers)), None)
@@ -68,32 +69,37 @@ def _first_bad_array(what: str, tree: Any) -> str | None:
     return None
 
 
-def _bad_loss_or_gradient(
-    start: Checkpoint, clips: Clips, options: StepOptions, state: TrainState, number: int
-) -> str | None:
-    clip = clips[number]
-    num_objects = np.array([clip.num_objects], np.int32)
-    packing = pack_rows(num_objects, 1, options.max_objects, full=True)  # one program for all clips
-    batch = Batch(
-        frames=clip.frames[None],
-        labels=clip.labels[None],
-        num_objects=num_objects,
-        index=np.array([number], np.int32),
-        packing=jax.tree.map(lambda x: x[0], packing),
-    )
-    batch = jax.tree.map(jnp.asarray, batch)
+def _look_at_losses(
+    start: Checkpoint, clips: Clips, options: StepOptions, state: TrainState
+) -> Callable[[int], str | None]:
+    """A clip's number -> its loss or gradient, where that is not finite; one program for all."""
 
-    def loss(params):
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradient(params, batch):
         constants = state.frozen, state.step, state.key
         losses, *_ = clip_losses(
             start.model, start.image_format, options, params, *constants, batch
         )
         return losses[0]
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
-    if not np.isfinite(value):
-        return f"the loss of clip {number}, {value}"
-    return _first_bad_array(f"the gradient of clip {number} to", gradient)
+    def look(number):
+        clip = clips[number]
+        num_objects = np.array([clip.num_objects], np.int32)
+        packing = pack_rows(num_objects, 1, options.max_objects, full=True)  # of equal shapes
+        batch = Batch(
+            frames=clip.frames[None],
+            labels=clip.labels[None],
+            num_objects=num_objects,
+            index=np.array([number], np.int32),
+            packing=jax.tree.map(lambda x: x[0], packing),
+        )
+        loss, gradient = loss_and_gradient(state.params, jax.tree.map(jnp.asarray, batch))
+        if not np.isfinite(loss):
+            return f"the loss of clip {number}, {loss}"
+        return _first_bad_array(f"the gradient of clip {number} to", gradient)
+
+    return look
 
 
 def _first_bad_activation(
