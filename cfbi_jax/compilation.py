@@ -17,6 +17,9 @@ LOGGER = logging.getLogger(__name__)
 DEFAULT = "default"
 # JAX's own: it keeps what took longer to compile.
 MIN_COMPILE_SECONDS = 1.0
+# XLA's CPU backend removes optimisation barriers before it fuses operations, so that chains of them
+# are computed once more in every consumer: this pass does it, and is left out.
+CPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def use_compilation_cache(path: Path | str | None = DEFAULT) -> Path | None:
@@ -84,12 +87,6 @@ def on_cpu() -> bool:
     return default_device().platform == "cpu"
 
 
-def compiler_options() -> dict[str, str] | None:
-    """Options of `jax.jit` for everything that runs the network.
-
-    XLA's CPU backend removes optimisation barriers before it fuses operations, so that chains of
-    them are computed once more in every consumer: this pass does it, and is left out.
-    """
-    if not on_cpu():
-        return None
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+def compiler_options() -> dict[str, str | bool] | None:
+    """Options of `jax.jit` for everything that runs the network."""
+    return dict(CPU_OPTIONS) if on_cpu() else None

@@ -1,6 +1,7 @@
 """The whole network against the authors' code, frame by frame, from the stored previous labels."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import recipe
 
+from cfbi_jax.compilation import compiler_options
 from cfbi_jax.inference import test_time
 from cfbi_jax.models import images
 from cfbi_jax.models.cfbi import CFBI
@@ -32,7 +34,7 @@ def networks():
 def embed_all(model, variables, frames):
     size = images.network_size(frames.shape[1:3])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def embed(variables, frame):
         prepared = images.prepare(frame, size, images.OFFICIAL_FORMAT)
         return model.apply(variables, prepared, method=CFBI.embed)
@@ -53,6 +55,7 @@ def segment_case(model, variables, arrays, features, **overrides):
             variables, *args, method=CFBI.segment, mutable=["intermediates"]
         ),
         static_argnums=9,
+        compiler_options=compiler_options(),
     )
     references = [(features[0][0], label_at("given_label_0"))]
     previous = references[0]
@@ -140,7 +143,10 @@ def test_case_e_per_view(view_index, networks):
     expected = stored[f"t1_aug{view_index}_input"]
     np.testing.assert_allclose(inputs[1][0].transpose(2, 0, 1), expected, rtol=0, atol=EMBEDDING)
 
-    embed = jax.jit(lambda variables, x: model.apply(variables, x, method=CFBI.embed))
+    embed = jax.jit(
+        lambda variables, x: model.apply(variables, x, method=CFBI.embed),
+        compiler_options=compiler_options(),
+    )
     features = [embed(variables, x) for x in inputs]
     for t, pair in enumerate(features):
         for name, found in zip(("embedding", "low_level"), pair, strict=True):
@@ -215,7 +221,8 @@ def test_every_layer(case, networks):
         return seen["intermediates"], seen_later["intermediates"]
 
     found = {}
-    for tree in jax.jit(forward)(variables, prepared):
+    forward = jax.jit(forward, compiler_options=compiler_options())
+    for tree in forward(variables, prepared):
         flat, _ = jax.tree_util.tree_flatten_with_path(tree)
         for path, value in flat:
             keys = [part.key for part in path if hasattr(part, "key")]

@@ -29,7 +29,7 @@ TIMEOUT = 300  # for machines that do much else; a process alone takes half a mi
 
 
 def start(devices: int, *arguments, **environment) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, TESTS / "step_worker.py", *map(str, arguments)],
         stdout=subprocess.PIPE,

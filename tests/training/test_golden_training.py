@@ -1,6 +1,7 @@
 """Loss, predictions and gradients against the authors' code: golden cases i and j."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from recipe import DATA, golden, recipe_state_dict
 
+from cfbi_jax.compilation import compiler_options
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.training.losses import bootstrapped_cross_entropy, mining_ratio
 from cfbi_jax.training.step import Batch, StepOptions, clip_losses, pack_rows
@@ -46,7 +48,7 @@ def gradients():
         packing=jax.tree.map(lambda x: x[0], packing),
     )
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def value_and_gradient(params, step):
         def mean_loss(params):
             losses, _, prediction = clip_losses(

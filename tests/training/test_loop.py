@@ -384,10 +384,7 @@ def test_other_numbers_of_devices_and_processes_go_on(config, whole, begun, tmp_
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
     code = signal_after_line(5, signal.SIGTERM)
-    both = [
-        command(config, begun, f"--distributed={place},{i},2", code=code, env={"XLA_FLAGS": ""})
-        for i in range(2)
-    ]
+    both = [command(config, begun, f"--distributed={place},{i},2", code=code) for i in range(2)]
     try:
         for status, text in map(end_of, both):
             assert status == 128 + signal.SIGTERM, text
@@ -398,7 +395,7 @@ def test_other_numbers_of_devices_and_processes_go_on(config, whole, begun, tmp_
     stopped = checkpoint_steps(begun)[-1]
     assert 5 <= stopped < STEPS and list(losses(begun)) == list(range(1, stopped + 1))
 
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     status, text = end_of(command(config, begun, env={"XLA_FLAGS": flags}))
     assert status == 0, text
     assert f"going on from step {stopped} of 8" in text
