@@ -228,9 +228,19 @@ def test_score(run):
 def test_load(run):
     small = ("--size", "48x64", "--crop", "33", "--batch", "2", "--batches", "1")
     figures = run("load", *small)
-    (row,) = figures["rows"]
+    row, rows = figures["rows"]
     assert row["clips_per_second"] > 0 and row["clips_per_cpu_second"] > 0
     assert row["seconds"]["runs"] == 2
+    assert rows["rows"] <= 2 * 4 * 2 and rows["percent_more_packed"] == 0
+
+
+def test_rows_that_packing_computes(benchmark):
+    """Batches of 3 clips: 9 rows needed, packed 9, padded to the largest 12; 4, 6 and 6."""
+    row = benchmark.data.rows_row(np.array([[3, 1, 2], [0, 0, 1]]), max_objects=5)
+    assert (row["objects_per_clip"], row["rows"]) == (7 / 6, 13)
+    names = ("packed", "by_largest_clip", "by_max_objects")
+    found = [row[f"percent_more_{name}"] for name in names]
+    assert found == pytest.approx([100 * (n / 13 - 1) for n in (9 + 6, 12 + 6, 36)])
 
 
 # ---- Bad input ----

@@ -23,6 +23,7 @@ from cfbi_jax.data.loader import Clips
 from cfbi_jax.data.sources import clip_source
 from cfbi_jax.data.synthetic import SyntheticVideos, synthetic_video
 from cfbi_jax.evaluation import metrics, predictions
+from cfbi_jax.training.step import pack_rows
 
 SHIFT = 3  # pixels that a predicted mask is off: within the tolerance of F for some, not for all
 WARM_UP_BATCHES = 2
@@ -89,7 +90,8 @@ def _write_pairs(
 
 
 def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
-    """Clips per second of the training stream, as fast as it can be emptied."""
+    """Clips per second of the training stream, as fast as it can be emptied, and how many rows of
+    the head its batches take."""
     options = ClipOptions(
         crop_size=arguments.crop,
         short_edge=max(arguments.crop, round(480 / 465 * arguments.crop)),
@@ -98,7 +100,7 @@ def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     with tempfile.TemporaryDirectory() as records:
         clips = Clips([(_videos(arguments, records), 1)], options, seed=0)
         with alone():
-            seconds, cpu = _empty(clips, arguments)
+            seconds, cpu, num_objects = _empty(clips, arguments)
     taken = arguments.batch * arguments.batches
     times = Times.of(seconds)
     row = make_row(
@@ -110,7 +112,26 @@ def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
         clips_per_cpu_second=taken * arguments.runs / cpu,
         cpu_seconds=cpu,
     )
-    return [row], None
+    return [row, rows_row(np.stack(num_objects), arguments.objects)], None
+
+
+def rows_row(num_objects: np.ndarray, max_objects: int) -> Row:
+    """The rows of the head (background and objects) that batches `[batches, clips]` need, and how
+    many more are computed: packed, as training does on one device, or padded to the largest clip
+    of a batch, or to `max_objects`."""
+    clips = num_objects.shape[1]
+    rows = num_objects.size + int(num_objects.sum())
+    packed = sum(pack_rows(batch, 1, max_objects).row.size for batch in num_objects)
+    largest = int((clips * (1 + num_objects.max(axis=1))).sum())
+    return make_row(
+        "rows of the head",
+        f"{num_objects.size} clips, up to {max_objects} objects",
+        objects_per_clip=float(num_objects.mean()),
+        rows=rows,
+        percent_more_packed=100 * (packed / rows - 1),
+        percent_more_by_largest_clip=100 * (largest / rows - 1),
+        percent_more_by_max_objects=100 * (num_objects.size * (1 + max_objects) / rows - 1),
+    )
 
 
 def _videos(arguments: argparse.Namespace, records: str):
@@ -121,22 +142,25 @@ def _videos(arguments: argparse.Namespace, records: str):
     return clip_source("davis", davis, records, arguments.objects, seed=0)
 
 
-def _empty(clips: Clips, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """Seconds of each run, and CPU seconds of this process and its workers for everything."""
+def _empty(
+    clips: Clips, arguments: argparse.Namespace
+) -> tuple[list[float], float, list[np.ndarray]]:
+    """Seconds of each run, CPU seconds of this process and its workers for everything, and how
+    many objects the clips of each batch have."""
     stop = WARM_UP_BATCHES + arguments.runs * arguments.batches
     if not flags.FLAGS.is_parsed():  # Grain asks absl when it starts workers
         flags.FLAGS.mark_as_parsed()
-    started, seconds = _cpu_seconds(), []
+    started, seconds, num_objects = _cpu_seconds(), [], []
     with loader.batches(clips, arguments.batch, 0, stop, workers=arguments.workers) as stream:
         for _ in range(WARM_UP_BATCHES):
-            next(stream)
+            num_objects.append(next(stream)["num_objects"])
         for _ in range(arguments.runs):
             begun = time.perf_counter()
             for _ in range(arguments.batches):
-                next(stream)
+                num_objects.append(next(stream)["num_objects"])
             seconds.append(time.perf_counter() - begun)
         next(stream, None)  # at its end, workers give their shared memory back
-    return seconds, _cpu_seconds() - started
+    return seconds, _cpu_seconds() - started, num_objects
 
 
 def _cpu_seconds() -> float:
