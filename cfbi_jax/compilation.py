@@ -1,6 +1,8 @@
 """JAX's settings: where compiled programs are kept, and what the network is computed with."""
 
 import contextlib
+import ctypes
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,9 @@ LOGGER = logging.getLogger(__name__)
 DEFAULT = "default"
 # JAX's own: it keeps what took longer to compile.
 MIN_COMPILE_SECONDS = 1.0
+# What JAX says when XLA has compiled a program, and for how long, from when on it is a large one.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+LARGE_SECONDS = 0.1
 # XLA's CPU backend removes optimisation barriers before it fuses operations, so that chains of them
 # are computed once more in every consumer: this pass does it, and is left out.
 CPU_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -54,6 +59,25 @@ def _default_folder() -> Path | str:
     except ValueError as error:
         LOGGER.warning("compiled programs are not kept for later runs: %s", error)
         return ""
+
+
+@functools.cache
+def return_memory_after_compiling() -> None:
+    """From now on, what compiling a large program took goes back to the system before the program
+    runs. The C library would keep it for what this process may need later: hundreds of MiB.
+
+    Nothing changes where the C library cannot do that (others than glibc).
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == COMPILED and seconds >= LARGE_SECONDS:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 @contextlib.contextmanager

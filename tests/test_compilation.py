@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -81,6 +82,44 @@ def test_a_second_run_of_a_video_compiles_nothing(tmp_path, monkeypatch):
         for _ in range(2)
     )
     assert first >= 4 and second == 0  # embedding, two predictions, resizing labels, ...
+
+
+KEPT = """
+import ctypes
+import jax
+from cfbi_jax.compilation import COMPILED, return_memory_after_compiling
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+return_memory_after_compiling()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks = [c.malloc(100_000) for _ in range(4000)]  # 381 MiB
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+for block in blocks[:-1]:  # the last one keeps all before it
+    c.free(block)
+sizes = [resident()]
+for seconds in (0.01, 2.0):
+    jax.monitoring.record_event_duration_secs(COMPILED, seconds)
+    sizes.append(resident())
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: events.append(event))
+events = []
+jax.jit(lambda x: x + 1)(0)
+print(*sizes, events.count(COMPILED))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide themselves")
+def test_memory_is_returned_after_compiling():
+    """Freed blocks below one that is in use stay with the process until a large program, and not a
+    small one, has been compiled; and JAX still calls that by the name that is listened to."""
+    done = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True)
+    freed, after_small, after_large, heard = map(float, done.stdout.split())
+    assert freed > 380 and after_small > freed - 30 and after_large < freed - 350
+    assert heard == 1
 
 
 def test_barriers_last_on_cpus():

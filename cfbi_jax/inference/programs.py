@@ -15,7 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cfbi_jax import memory
-from cfbi_jax.compilation import compiler_options, default_device, own_settings
+from cfbi_jax.compilation import (
+    compiler_options,
+    default_device,
+    own_settings,
+    return_memory_after_compiling,
+)
 from cfbi_jax.inference import test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import (
@@ -158,6 +163,7 @@ class Programs:
         self.use(variables)
         self._weights = memory.tree_bytes(variables)  # asked for with every frame
         self._told: set[tuple] = set()
+        return_memory_after_compiling()
         self._traced = traced = _Traced(self.model, image_format)
         self.embed = jax.jit(
             traced.embed_views, static_argnames="views", compiler_options=compiler_options()

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
-from cfbi_jax.compilation import compiler_options
+from cfbi_jax.compilation import compiler_options, return_memory_after_compiling
 from cfbi_jax.memory import MemoryPlan, tree_bytes, working_bytes
 from cfbi_jax.models.cfbi import CFBI, Packing, mask_padding, parameter_shapes
 from cfbi_jax.models.images import ImageFormat, prepare
@@ -170,6 +170,7 @@ def make_train_step(
     loss or gradient is not finite the state stays as it was before it (`halted`), so that the step
     can be looked into whenever the host next reads the metrics.
     """
+    return_memory_after_compiling()
     gradients = jax.shard_map(
         partial(_device_gradients, model, image_format, options),
         mesh=mesh,
