@@ -131,7 +131,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     command = commands.add_parser("match", parents=[common, sized, network, references])
     command.add_argument("--backward", action="store_true", help="also time our gradient")
-    command.add_argument("--sweep", action="store_true", help="over objects and references")
+    command.add_argument("--sweep", action="store_true", help="ours over objects, references")
     add_comparisons(command, default=True)
 
     command = commands.add_parser("train", parents=[common, network])

@@ -6,7 +6,6 @@ frame --> embed ------------> features ---+--> predict --> label, probabilities
 
 import contextlib
 import logging
-import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -22,36 +21,26 @@ from cfbi_jax.compilation import (
     return_memory_after_compiling,
 )
 from cfbi_jax.inference import test_time
+from cfbi_jax.inference.budget import Budget, out_of_memory_explained
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.state import (
     Features,
     State,
     forget_programs,
-    padded_references,
     padded_rows,
     state_shapes,
 )
 from cfbi_jax.inference.test_time import View
-from cfbi_jax.memory import MIB, Chunks, MemoryPlan
+from cfbi_jax.memory import Chunks, MemoryPlan
 from cfbi_jax.models.cfbi import CFBI, rows_in_groups
 from cfbi_jax.models.images import ImageFormat
 
 LOGGER = logging.getLogger(__name__)
 
-LESS_MEMORY = (
-    "less memory: a smaller max_long_edge (pixels at the network), fewer scales or no flip, fewer "
-    "masks (references)"
-)
-
 # Views of the compiled programs that are kept at a time: a data set may have videos of many sizes
 # and numbers of objects. On a CPU each takes some tens of MiB and 200 of the 65,530 mappings that
 # Linux allows a process.
 MAX_VIEWS = 64
-
-
-def out_of_memory_explained() -> contextlib.AbstractContextManager[None]:
-    fewer = "a smaller memory_mib computes fewer objects at a time"
-    return memory.explained(f"{LESS_MEMORY}; {fewer}")
 
 
 class _Traced:
@@ -145,6 +134,7 @@ class Programs:
       model: with the types and atrous rates of `options`.
       variables: of the network, on the device; `use` puts others in their place.
       device: where all is computed: JAX's default one when this was made, else the first.
+      budget: the memory that a video may take.
       embed: (variables, frame, views=) -> `Features`.
       predict: see `_Traced.predict_views`.
     """
@@ -161,8 +151,7 @@ class Programs:
         )
         self.device = default_device()
         self.use(variables)
-        self._weights = memory.tree_bytes(variables)  # asked for with every frame
-        self._told: set[tuple] = set()
+        self.budget = Budget(self.model, options, self.device, memory.tree_bytes(variables))
         return_memory_after_compiling()
         self._traced = traced = _Traced(self.model, image_format)
         self.embed = jax.jit(
@@ -217,11 +206,7 @@ class Programs:
         """
         with self.at_work():
             plan = self._plan(size, num_objects, num_references)
-        if plan.peak > self.budget:
-            message = self._over_budget(size, num_objects, str(plan))
-            if self.options.memory_mib is not None:
-                raise ValueError(message)
-            LOGGER.warning(message)
+        self.budget.check(plan, size, num_objects)
         return plan
 
     def _plan(self, size: tuple[int, int], num_objects: int, num_references: int) -> MemoryPlan:
@@ -234,7 +219,7 @@ class Programs:
         features = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), embed.out_info
         )
-        chunks = self.chunks(features, size, num_rows, num_references)
+        chunks = self.budget.chunks(features, size, num_rows, num_references)
         state = state_shapes(features, num_references)
         count = jax.ShapeDtypeStruct((), np.int32)
         predict = self.predict.lower(
@@ -249,20 +234,8 @@ class Programs:
         )
         lines = chunks.lines_at_once or size[0]
         prediction += memory.library_bytes(num_rows, lines, size[1])
-        held = self._held(features, size, num_references)
+        held = self.budget.held(features, size, num_references)
         return MemoryPlan(held | {"computation": max(embedding, prediction)}, chunks)
-
-    @property
-    def budget(self) -> int:
-        """Bytes: `memory_mib`, or its default."""
-        given = self.options.memory_mib
-        return memory.default_budget(self.device) if given is None else given * MIB
-
-    def _over_budget(self, size: tuple[int, int], num_objects: int, plan: str) -> str:
-        return (
-            f"a video of {size[0]} x {size[1]} with {num_objects} objects takes {plan}, and "
-            f"memory_mib is {self.budget // MIB}; {LESS_MEMORY}"
-        )
 
     def views_of(self, size: tuple[int, int]) -> tuple[View, ...]:
         options = self.options
@@ -271,61 +244,3 @@ class Programs:
     def num_rows(self, num_objects: int) -> int:
         limit = self.options.max_objects
         return padded_rows(num_objects) if limit is None else 1 + limit
-
-    def chunks(
-        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
-    ) -> Chunks:
-        """What is computed at once, for a video of `size` whose frames have `features`."""
-        room = self.budget - self._fixed(features, size, num_rows, num_references)
-        row = memory.row_bytes(self._head_channels, _largest(features))
-        return memory.choose_chunks(max(room, 0), row, num_rows, size)
-
-    def warn_over_budget(
-        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
-    ) -> None:
-        """Tells, once for each of these, where even the smallest chunks should need more memory."""
-        model, pixels = self.model, _largest(features)
-        # Matching's sorted copies, in its own type and of the pixels that it looks at.
-        looked_at = padded_references(num_references) * pixels / model.global_atrous_rate**2
-        matching = 3 * looked_at * model.embedding_dim * jnp.dtype(model.matching_dtype).itemsize
-        row = memory.row_bytes(self._head_channels, pixels)
-        least = self._fixed(features, size, num_rows, num_references) + max(matching, row)
-        what = size, num_rows, num_references
-        if least > self.budget and what not in self._told:
-            self._told.add(what)
-            LOGGER.warning(self._over_budget(size, num_rows - 1, f"about {least / MIB:.0f} MiB"))
-
-    def _fixed(
-        self, features: Features, size: tuple[int, int], num_rows: int, num_references: int
-    ) -> int:
-        """Bytes that no chunks change: what exists all the time, the maps of a frame's rows, and
-        the logits of every view."""
-        held = sum(self._held(features, size, num_references).values())
-        maps = 4 * _largest(features) * 3 * num_rows * (3 + 2 * len(self.model.windows))
-        pixels = sum(math.prod(embedding.shape[1:3]) for embedding, _ in features)
-        return held + maps + 4 * pixels * num_rows
-
-    @property
-    def _head_channels(self) -> int:
-        """Of the head's input, or of its inside where that is wider than in the published one."""
-        model = self.model
-        inside = round(364 / 256 * model.ensembler_dim)
-        return max(3 * model.embedding_dim + model.matching_dim, inside)
-
-    def _held(
-        self, features: Features, size: tuple[int, int], num_references: int
-    ) -> dict[str, int]:
-        """Bytes of what exists whichever program runs, by purpose."""
-        # A frame, its given mask, its rows and its label.
-        frame_bytes = 6 * size[0] * size[1]
-        return {
-            "weights": self._weights,
-            "references": memory.tree_bytes(state_shapes(features, num_references).views),
-            "features of two frames": 2 * memory.tree_bytes(features),
-            "two frames and their masks": 2 * frame_bytes,
-        }
-
-
-def _largest(features: Features) -> int:
-    """Pixels of the largest view's embedding."""
-    return max(math.prod(embedding.shape[1:3]) for embedding, _ in features)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, UInt8
 
 from cfbi_jax.compilation import own_settings
 from cfbi_jax.data.image_files import ids_in
-from cfbi_jax.inference.programs import Programs, out_of_memory_explained
+from cfbi_jax.inference.budget import out_of_memory_explained
+from cfbi_jax.inference.programs import Programs
 from cfbi_jax.inference.state import Features, State, remember
 from cfbi_jax.inference.test_time import View
 
@@ -106,14 +107,14 @@ class Propagation:
                 views=self._views,
                 num_rows=num_rows,
                 with_probabilities=self._with_probabilities,
-                chunks=programs.chunks(features, self._size, num_rows, references),
+                chunks=programs.budget.chunks(features, self._size, num_rows, references),
             )
         if given is None:
             self._state = remember(self._state, features, rows, self._views, as_reference=False)
         else:
             self._state = self._with_reference(features, rows)
             counts = programs.num_rows(len(ids)), self._state.num_references
-            programs.warn_over_budget(features, self._size, *counts)
+            programs.budget.warn(features, self._size, *counts)
         self._ids = ids  # with the state: after an error the frame can be tried again
         self.index += 1
         return self._result(rows, probabilities, given)

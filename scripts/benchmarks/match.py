@@ -132,8 +132,10 @@ def match(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
 
 
 def sweep(arguments: argparse.Namespace, model: CFBI, limits: Limits) -> Iterator[Row]:
-    """Forward passes for other numbers of objects, and of references."""
-    arguments = argparse.Namespace(**vars(arguments) | {"backward": False})
+    """Our forward passes for other numbers of objects, and of references. (The straightforward
+    versions take a time for each of both: minutes at a time on a CPU.)"""
+    ours_alone = dict.fromkeys(("backward", "straightforward", "torch"), False)
+    arguments = argparse.Namespace(**vars(arguments) | ours_alone)
     for objects in SWEPT_OBJECTS:
         of_global = global_rows(arguments, model, limits, objects, arguments.references)
         for row in [*of_global, *local_rows(arguments, model, limits, objects)]:

@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_parts
 
 import cfbi_jax
 from cfbi_jax import memory
-from cfbi_jax.inference import programs, propagation, test_time
+from cfbi_jax.inference import propagation, test_time
 from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.test_time import View
 from cfbi_jax.memory import Chunks, MemoryPlan, choose_chunks, tree_bytes
@@ -101,7 +101,7 @@ def test_a_small_budget_gives_the_same_masks(monkeypatch):
         chosen.append(choose_chunks(*arguments))
         return chosen[-1]
 
-    monkeypatch.setattr(programs.memory, "choose_chunks", choose)
+    monkeypatch.setattr(memory, "choose_chunks", choose)
     expected = list(small_segmenter().segment(frames, masks, return_probabilities=True))
     assert set(chosen) == {Chunks(None, None)}
     chosen.clear()
@@ -193,7 +193,7 @@ def test_a_wide_head_is_computed_in_parts():
     wide = model.clone(ensembler_dim=256)
     segmenter = cfbi_jax.VideoSegmenter(wide, variables, IMAGENET_FORMAT, Options(memory_mib=200))
     shapes = [jax.ShapeDtypeStruct((1, 61, 81, c), np.float32) for c in (16, 32)]
-    chunks = segmenter.programs.chunks((tuple(shapes),), (240, 320), 13, 1)
+    chunks = segmenter.programs.budget.chunks((tuple(shapes),), (240, 320), 13, 1)
     assert chunks.rows_at_once is not None
 
 

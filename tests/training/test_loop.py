@@ -203,6 +203,9 @@ def test_command_trains_evaluates_and_keeps_the_best(config, whole, davis, tmp_p
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert len({line["loss"] for line in lines}) == STEPS
     assert all(np.isfinite(line["loss"]) and line["data_wait"] >= 0 for line in lines[1:])
+    # The rate that the step was made with: a warm-up of 2 steps, then the polynomial's 0.9.
+    rates = [1e-5, 0.01, *(0.02 * (1 - done / 7) ** 0.9 for done in range(6))]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-5)
     assert checkpoint_steps(out) == [2, 4, 6, 8] and not unfinished(out)
 
     evaluations = read_metrics(out / "evaluations.jsonl")
@@ -313,6 +316,46 @@ def test_nothing_depends_on_what_is_reported_and_kept(config, whole, tmp_path, m
     found, expected = arrays(tmp_path / "out"), arrays(whole)
     assert all(np.array_equal(found[name], value) for name, value in expected.items())
     assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_the_host_waits_for_the_device_only_to_log_and_save(config, tmp_path, monkeypatch):
+    events = ""
+
+    def read(function):
+        def noted(*arguments):
+            nonlocal events
+            events += "r"
+            return function(*arguments)
+
+        return noted
+
+    class Metric:
+        """What the step returns; NumPy's and JAX's ways to its value are noted, others fail."""
+
+        def __init__(self, value):
+            self.__array__ = read(lambda *_: np.asarray(value))
+
+    make = loop.make_train_step
+
+    def noting(*arguments):
+        train_step = make(*arguments)
+
+        def step(state, batch):
+            nonlocal events
+            events += "s"
+            state, metrics, prediction = train_step(state, batch)
+            return state, {name: Metric(value) for name, value in metrics.items()}, prediction
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", noting)
+    monkeypatch.setattr(loop, "_check_finite", read(loop._check_finite))
+    monkeypatch.setattr(jax, "block_until_ready", read(jax.block_until_ready))
+    config.log_every_steps, config.checkpoint_every_steps, config.picture_every_steps = 3, 7, 0
+    run(config, tmp_path / "out")
+    after = [bool(reads) for reads in events.partition("s")[2].split("s")]
+    # The first step is waited for, as it is compiled; 3, 6 and the last are logged, 7 is saved.
+    assert after == [True, False, True, False, False, True, True, True]
 
 
 def test_allowed_changes_go_on(config, whole, begun, caplog):
