@@ -6,9 +6,9 @@ A small network of the same classes (only widths, depths and windows are smaller
 synthetic videos that are drawn on the fly, and is evaluated on eight videos that it never saw.
 Look at OUT/overlays/*.png, OUT/pictures/*.png, and `python scripts/plot_run.py OUT`.
 
-Cost: 7.4 minutes on 2 cores of an AMD EPYC, compilation included, 3 GB of memory. Result: J&F 0.755
-there for seed 0, 0.77 on two cores of an Intel Xeon, and on one core each 0.79, 0.77, 0.81 for
-seeds 0, 1, 2 (README has what it beats; sums that round differently make other networks).
+Cost: four and a half minutes on 2 cores of an Intel Xeon, 7.4 on 2 of an AMD EPYC, compilation
+included; 3 GB of memory. Result: J&F 0.767, 0.751 and 0.820 for seeds 0, 1 and 2 on the Xeon, 0.755
+for seed 0 on the EPYC (README has what it beats; sums that round differently make other networks).
 """
 
 from cfbi_jax.config import default_config, source
