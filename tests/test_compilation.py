@@ -85,13 +85,13 @@ def test_a_second_run_of_a_video_compiles_nothing(tmp_path, monkeypatch):
 
 
 KEPT = """
-import ctypes
+import ctypes, mmap
 import jax
 from cfbi_jax.compilation import COMPILED, return_memory_after_compiling
 
 def resident():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * mmap.PAGESIZE / 2**20
 
 return_memory_after_compiling()
 c = ctypes.CDLL(None)
