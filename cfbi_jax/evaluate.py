@@ -174,18 +174,16 @@ def run(evaluation: Evaluation, on_the_way: bool = False) -> report.Scores | Non
     # Another process, with other weights or options, may have done some since the first look.
     dataset.check_made_by(videos, workdir, made_by)
     results = dataset.results_folder(workdir)
-    scores = score(evaluation.data, videos, results, workdir, show=not on_the_way)
-    if on_the_way:
-        return scores
-    if evaluation.data.sequences:
-        LOGGER.info("no %s: config.data.sequences names some videos only", archive)
-    else:
-        layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
-        write_zip(results, archive, layout, [video.name for video in videos])
-        LOGGER.info("wrote %s", archive)
-    if evaluation.overlays:
-        LOGGER.info("pictures of the masks: %s", workdir / "overlays")
-    return scores
+    if not on_the_way:
+        if evaluation.data.sequences:
+            LOGGER.info("no %s: config.data.sequences names some videos only", archive)
+        else:
+            layout = "youtube_vos" if evaluation.data.dataset == "youtube_vos" else "davis"
+            write_zip(results, archive, layout, [video.name for video in videos])
+            LOGGER.info("wrote %s", archive)
+        if evaluation.overlays:
+            LOGGER.info("pictures of the masks: %s", workdir / "overlays")
+    return score(evaluation.data, videos, results, workdir, show=not on_the_way)
 
 
 def score(
@@ -221,10 +219,10 @@ def score(
         scores = davis_scores.score_davis(
             data.root, results, data.year, data.split, data.resolution, names
         )
-    if show:
-        report.show(scores, split)
     for path in report.write_tables(scores, output, split):
         LOGGER.info("wrote %s", path)
+    if show:
+        report.show(scores, split)  # last: a reader may close the pipe
     return scores
 
 

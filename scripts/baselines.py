@@ -213,7 +213,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if has_source != (found.method == "nearest"):
         parser.error("--method nearest, and no other, takes --checkpoint, --config or --backbone")
     for name, needs in (("seed", "config"), ("calibrated", "config"), ("stride", "backbone")):
-        if getattr(found, name) and not getattr(found, needs):
+        if getattr(found, name) not in (None, False) and not getattr(found, needs):
             parser.error(f"--{name} is for --{needs}")
     if found.neighbours is not None and found.method != "nearest":
         parser.error("--neighbours is for --method nearest")

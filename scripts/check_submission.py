@@ -23,20 +23,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--split", default=None, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
     )
-    parser.add_argument("--resolution", default="480p", help="DAVIS: folder under JPEGImages")
+    parser.add_argument("--resolution", help="DAVIS: folder under JPEGImages; default: 480p")
     parser.add_argument("--sequences", type=split_names, help="expect only these: blackswan,dog")
     found = parser.parse_args(arguments)
     if found.sequences is not None and not found.sequences:
         parser.error("--sequences names no sequence")
+    if found.resolution is not None and found.dataset == "youtube_vos":
+        parser.error("--resolution is for DAVIS; --dataset is youtube_vos")
     return found
 
 
 def main(arguments: argparse.Namespace) -> int:
     split = arguments.split or ("valid" if arguments.dataset == "youtube_vos" else "test-dev")
-    what = (arguments.root, arguments.dataset, split, arguments.resolution, arguments.sequences)
+    resolution = arguments.resolution or "480p"
+    what = (arguments.root, arguments.dataset, split, resolution, arguments.sequences)
     problems = check_submission(arguments.submission, *what)
     if problems:
-        print(f"{arguments.submission}: {len(problems)} problems", *problems, sep="\n  ")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        print(f"{arguments.submission}: {count}", *problems, sep="\n  ")
         return 1
     expected = expected_sequences(*what)
     num_frames = sum(len(sequence.frames) for sequence in expected.values())

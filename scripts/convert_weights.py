@@ -15,7 +15,11 @@ import sys
 from cfbi_jax.files import path_of
 from cfbi_jax.models.images import OFFICIAL_FORMAT
 from cfbi_jax.weights.checkpoint import check_finite, digest, load_checkpoint, save_checkpoint
-from cfbi_jax.weights.official import convert_state_dict, export_state_dict
+from cfbi_jax.weights.official import (
+    computed_otherwise,
+    convert_state_dict,
+    export_state_dict,
+)
 from cfbi_jax.weights.pth import read_pth, write_pth
 
 
@@ -39,10 +43,16 @@ def main(arguments: argparse.Namespace) -> None:
                 f"note: these weights expect {checkpoint.image_format}; the official code feeds "
                 f"{OFFICIAL_FORMAT}"
             )
+        for field, (own, official) in computed_otherwise(checkpoint.model).items():
+            print(f"note: {field} is {own} here and {official} in the official code")
         write_pth(arguments.output, export_state_dict(checkpoint.model, checkpoint.variables))
         model, variables = checkpoint.model, checkpoint.variables
     else:
-        model, variables = convert_state_dict(read_pth(arguments.input))
+        state = read_pth(arguments.input)
+        try:
+            model, variables = convert_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{arguments.input}: {error}") from error
         check_finite(variables, arguments.input)
         save_checkpoint(arguments.output, model, variables, OFFICIAL_FORMAT)
     print(f"{model.backbone}, weights {digest(variables)}: wrote {arguments.output}")

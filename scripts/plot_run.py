@@ -84,8 +84,11 @@ def series(entries: list[dict[str, Any]], field: str) -> tuple[np.ndarray, np.nd
         if value is not None and not isinstance(value, (int, float)):
             raise ValueError(f"{field!r} at step {step} is {value!r}; expected a number")
     points.sort(key=lambda point: point[0])
-    steps = np.array([step for step, _ in points], np.int64)
-    return steps, np.array([value for _, value in points], np.float64)
+    try:
+        steps = np.array([step for step, _ in points], np.int64)
+        return steps, np.array([value for _, value in points], np.float64)
+    except OverflowError as error:
+        raise ValueError(f"{field!r}: a step or value is too large ({error})") from error
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

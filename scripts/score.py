@@ -50,6 +50,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return found
 
 
+def score(arguments: argparse.Namespace, split: str) -> report.Scores:
+    """Errors: those of `score_davis` and `score_youtube_vos`."""
+    if arguments.dataset == "youtube_vos":
+        return score_youtube_vos(
+            arguments.root,
+            arguments.results,
+            split=split,
+            videos=arguments.sequences,
+            seen_categories=arguments.seen_categories,
+            num_threads=arguments.threads,
+        )
+    return score_davis(
+        arguments.root,
+        arguments.results,
+        year=int(arguments.dataset.removeprefix("davis")),
+        split=split,
+        resolution=arguments.resolution or "480p",
+        sequences=arguments.sequences,
+        num_threads=arguments.threads,
+    )
+
+
 def main(arguments: argparse.Namespace) -> None:
     split = arguments.split or ("train" if arguments.dataset == "youtube_vos" else "val")
     output = arguments.output or arguments.results
@@ -58,27 +80,16 @@ def main(arguments: argparse.Namespace) -> None:
     called = report.subset_name(split) if arguments.sequences else split
     check_writable(output)
     report.remove_tables(output, called)
-    if arguments.dataset == "youtube_vos":
-        scores = score_youtube_vos(
-            arguments.root,
-            arguments.results,
-            split=split,
-            videos=arguments.sequences,
-            seen_categories=arguments.seen_categories,
-            num_threads=arguments.threads,
-        )
-    else:
-        scores = score_davis(
-            arguments.root,
-            arguments.results,
-            year=int(arguments.dataset.removeprefix("davis")),
-            split=split,
-            resolution=arguments.resolution or "480p",
-            sequences=arguments.sequences,
-            num_threads=arguments.threads,
-        )
-    report.show(scores, called)
-    for path in report.write_tables(scores, output, called):
+    try:
+        scores = score(arguments, split)
+    except FileNotFoundError as error:
+        inner = arguments.results / "Annotations"
+        if not inner.is_dir():
+            raise
+        raise FileNotFoundError(f"{error} (or is --results {inner}?)") from error
+    written = report.write_tables(scores, output, called)
+    report.show(scores, called)  # last: a reader may close the pipe
+    for path in written:
         print(f"wrote {path}")
 
 

@@ -145,20 +145,23 @@ def mask_size(path: Path | str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_mask(path: Path | str, refuse_shades: bool = True) -> UInt8[np.ndarray, "height width"]:
+def read_mask(
+    path: Path | str, refuse_shades: bool = True, refuse_palettes: bool = True
+) -> UInt8[np.ndarray, "height width"]:
     """Reads the object ids of an indexed or grey PNG (of 1 bit: white is id 1).
 
     `refuse_shades=False` is for predictions and truth: scarcely visible objects are no error there.
+    `refuse_palettes=False` takes indices for ids whatever colours they have.
 
     Errors: FileNotFoundError; ValueError for a file that is cut short, is no PNG, stores colours
     instead of ids, is transparent, has ids above 255, has the in-between values of an anti-aliased
     drawing, or is indexed with black (the background, to whoever drew it) at another index than 0.
     """
-    return decode_mask(Path(path).read_bytes(), str(path), refuse_shades)
+    return decode_mask(Path(path).read_bytes(), str(path), refuse_shades, refuse_palettes)
 
 
 def decode_mask(
-    data: bytes, name: str, refuse_shades: bool = True
+    data: bytes, name: str, refuse_shades: bool = True, refuse_palettes: bool = True
 ) -> UInt8[np.ndarray, "height width"]:
     """Decodes a PNG file's bytes as `read_mask` does; `name` says whose in errors.
 
@@ -173,7 +176,8 @@ def decode_mask(
         label, alpha = label[..., 0], label[..., 1]
         if data[_PNG_BITS] != 8 or (alpha != 255).any():
             raise BadFile(f"{name}: a transparent picture; expected object ids, all opaque, 8 bits")
-    _check_background(image, label, name)
+    if refuse_palettes:
+        _check_background(image, label, name)
     bits = data[_PNG_BITS]
     if data[_PNG_COLOURS] == _PNG_GREY and bits in _GREY_STEPS:
         label //= _GREY_STEPS[bits]
@@ -283,6 +287,14 @@ def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
         return Image.open(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadFile(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
+
+
+def decode_picture(data: bytes, name: str) -> Image.Image:
+    """The decoded picture, as it is stored. Errors: ValueError for bytes that are cut short, differ
+    from their checksums (PNG) or are no picture; `name` says whose."""
+    file = io.BytesIO(data)
+    _check_complete(file, name)
+    return _decode(file, name)
 
 
 def _decode(file: io.BufferedIOBase, path: Path | str) -> Image.Image:

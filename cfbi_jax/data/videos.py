@@ -86,12 +86,14 @@ def skip_short(files: Iterable[TrainingFiles], least: int) -> list[TrainingFiles
     return kept
 
 
-def read_label(video: EvaluationVideo, path: Path) -> UInt8[np.ndarray, "height width"]:
+def read_label(
+    video: EvaluationVideo, path: Path, refuse_shades: bool = True
+) -> UInt8[np.ndarray, "height width"]:
     """Reads a given or true mask file as this video's data set means it.
 
-    Errors: those of `image_files.read_mask`.
+    `refuse_shades` and errors: those of `image_files.read_mask`.
     """
-    label = image_files.read_mask(path)
+    label = image_files.read_mask(path, refuse_shades)
     if video.reading == "binary":
         return (label > 0).astype(np.uint8)
     if video.reading == "void_255":

@@ -113,7 +113,7 @@ def read_meta(
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, no JSON ({error})") from error
     listed = _mapping(content, "videos", f"{path}")
     check_are_folders(listed, path)
@@ -164,7 +164,11 @@ def _read_objects(videos: Mapping[str, Any], name: str, path: Path) -> dict[int,
         for stem in frames:
             if not (isinstance(stem, str) and stem.isdecimal()):
                 raise ValueError(f"{where}: object {key}: frame {stem!r}; expected e.g. '00000'")
-        category = str(entry.get("category", ""))
+        category = entry.get("category") or ""
+        if not isinstance(category, str):
+            raise ValueError(f"{where}: object {key}: category {category!r}; expected a name")
+        if int(key) in entries:
+            raise ValueError(f"{where}: object {key} is there twice; expected one entry for an id")
         entries[int(key)] = ObjectEntry(category, tuple(sorted(frames, key=int)))
     return dict(sorted(entries.items()))
 

@@ -92,7 +92,7 @@ def _frame_pairs(video: EvaluationVideo, results: Path) -> list[predictions.Fram
             f"{video.frames[0].parent}: has {len(video.frames)} frames, expected at least "
             f"{MIN_FRAMES}, since the first and the last are not scored"
         )
-    first_mask = read_label(video, video.truth[0])
+    first_mask = read_label(video, video.truth[0], refuse_shades=False)
     if not first_mask.any():
         raise empty_first_mask(video)
     object_ids = tuple(range(1, int(first_mask.max()) + 1))

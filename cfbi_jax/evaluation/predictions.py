@@ -125,16 +125,19 @@ def _by_object(
 
 
 def _score_pair(pair: FramePair) -> FrameScores:
-    prediction, truth = (
-        read_mask(path, refuse_shades=False) for path in (pair.prediction, pair.truth)
-    )
+    # Other systems' palettes may be of any colours: DAVIS' tool reads the indices alone.
+    prediction = read_mask(pair.prediction, refuse_shades=False, refuse_palettes=False)
+    truth = read_mask(pair.truth, refuse_shades=False)
     if pair.binary:
         prediction, truth = (prediction > 0).view(np.uint8), (truth > 0).view(np.uint8)
     wrong = set(ids_in(prediction).tolist()) - pair.allowed_ids - {0}
     if wrong:
+        hint = ""
+        if wrong == {255}:
+            hint = " (0 and 255 are masks as DAVIS 2016 has them)"
         raise ValueError(
             f"{pair.prediction}: holds object id {min(wrong)}, but the objects of this video are "
-            f"{sorted(pair.allowed_ids)}"
+            f"{sorted(pair.allowed_ids)}{hint}"
         )
     return metrics.score_objects(prediction, truth, pair.object_ids)
 

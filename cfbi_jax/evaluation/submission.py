@@ -7,6 +7,7 @@ YouTube-VOS   Annotations/<video>/00000.png
 import dataclasses
 import io
 import logging
+import lzma
 import os
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from cfbi_jax.data.davis import evaluation_videos
-from cfbi_jax.data.image_files import ids_in, image_size
+from cfbi_jax.data.image_files import decode_picture, ids_in, image_size
 from cfbi_jax.data.videos import read_label
 from cfbi_jax.data.youtube_vos import read_meta
 from cfbi_jax.files import replacing
@@ -35,6 +36,9 @@ DATASETS = {"davis2016": "davis", "davis2017": "davis", "youtube_vos": "youtube_
 
 SUBMITTED_MODES = ("P", "L")
 """Pillow's names of 8-bit palette and grey pixels."""
+
+# What unpacking damaged bytes raises beside OSError.
+_UNPACKING = (zlib.error, lzma.LZMAError)
 
 # The first date that a zip file can hold: the bytes then depend on the masks alone.
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -141,7 +145,7 @@ def check_submission(
             ]
             files = {info.filename: partial(archive.read, info) for info in members}
             return repeated + _problems(files, folder, expected)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:  # the latter: of a future version
         return [f"{submission.name} is not a zip file, or is damaged: {error}"]
 
 
@@ -161,7 +165,7 @@ def expected_sequences(
     year = int(dataset.removeprefix("davis"))
     expected = {}
     for video in evaluation_videos(root, year, split, resolution, sequences):
-        ids = ids_in(read_label(video, video.given[0])).tolist()
+        ids = ids_in(read_label(video, video.given[0], refuse_shades=False)).tolist()
         expected[video.name] = ExpectedSequence(
             frames=tuple(path.stem for path in video.frames),
             size=image_size(video.frames[0]),
@@ -188,11 +192,19 @@ def _files_to_pack(results_folder: Path) -> dict[str, Path]:
     """Returns the files in sub-folders by their name relative to the folder, hidden ones aside."""
     if not results_folder.is_dir():
         raise FileNotFoundError(f"{results_folder}: no such folder of masks")
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     files = {}
-    for path in sorted(results_folder.glob("*/**/*")):
-        relative = path.relative_to(results_folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            files[relative.as_posix()] = path
+    for folder in sorted(results_folder.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        for parent, _, names in os.walk(folder, onerror=refuse):
+            for path in sorted(Path(parent) / name for name in names):
+                relative = path.relative_to(results_folder)
+                if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                    files[relative.as_posix()] = path
     return files
 
 
@@ -252,18 +264,21 @@ def _wrong_root(files: Iterable[str], folder: str, expected: Mapping[str, Expect
 def _extra_files(
     names: Iterable[str], folder: str, expected: Mapping[str, ExpectedSequence]
 ) -> list[str]:
-    """Describes files that a server does not expect; extra sequences and frames are counted."""
-    problems, sequences, frames = [], Counter(), defaultdict(list)
+    """Describes files that a server does not expect, counted by their folder, sequence or kind."""
+    problems, sequences, frames, elsewhere = [], Counter(), defaultdict(list), defaultdict(list)
     for name in names:
         inside = PurePosixPath(name.removeprefix(folder))
         if not name.startswith(folder) or len(inside.parts) != 2:
-            problems.append(f"{name}: expected only {folder}<sequence>/<frame>.png")
+            elsewhere[name.split("/")[0]].append(name)
         elif inside.parts[0] not in expected:
             sequences[inside.parts[0]] += 1
         elif inside.suffix != ".png":
             problems.append(f"{name}: expected only .png files")
         else:
             frames[inside.parts[0]].append(inside.stem)
+    for top, found in elsewhere.items():
+        what = found[0] if len(found) == 1 else f"{top}: {len(found)} files, first {found[0]}"
+        problems.append(f"{what}: expected only {folder}<sequence>/<frame>.png")
     problems += [
         f"{name}: not a sequence of this split ({n} files)" for name, n in sequences.items()
     ]
@@ -274,7 +289,8 @@ def _extra_files(
 def _content_problem(read: Callable[[], bytes], expected: ExpectedSequence) -> str | None:
     """Returns what is wrong with a mask, in words that are the same for the same problem."""
     try:
-        with Image.open(io.BytesIO(read())) as image:
+        data = read()
+        with Image.open(io.BytesIO(data)) as image:
             if image.format != "PNG":
                 return f"a {image.format} file, expected PNG"
             if image.mode not in SUBMITTED_MODES:
@@ -284,10 +300,12 @@ def _content_problem(read: Callable[[], bytes], expected: ExpectedSequence) -> s
                     f"size {image.height} x {image.width}, expected "
                     f"{expected.size[0]} x {expected.size[1]}"
                 )
-            ids = set(ids_in(np.array(image)).tolist()) - {0}
+        ids = set(ids_in(np.array(decode_picture(data, ""))).tolist()) - {0}
+    except PermissionError:  # of this machine, not of the submission
+        raise
     except NotImplementedError:
         return "packed by a method that Python cannot read, expected a zip stored or deflated"
-    except (OSError, EOFError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error):
+    except (OSError, EOFError, SyntaxError, ValueError, zipfile.BadZipFile, *_UNPACKING):
         return "not a picture, or damaged"
     except Image.DecompressionBombError:
         return "a picture far too large"

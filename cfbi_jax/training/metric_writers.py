@@ -91,7 +91,7 @@ def _read_lines(path: Path) -> list[tuple[dict[str, Any], bytes]]:
 def _decode_line(line: bytes, name: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadFile(f"{name}: damaged ({error}); expected a JSON object") from error
     # bool is an int to Python.
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:

@@ -52,8 +52,9 @@ def initial_checkpoint(model: CFBI, init_from: str, seed: int) -> Checkpoint:
     else:
         from cfbi_jax.weights.pth import read_pth  # needs torch
 
-        state = strip_module(read_pth(path))
+        state = read_pth(path)
         try:
+            state = strip_module(state)
             if any(key.startswith("dynamic_seghead.") for key in state):
                 _, part = convert_state_dict(state)
                 check_shapes(part, model, path)

@@ -15,16 +15,17 @@ from cfbi_jax.weights.names import Entry, entries, from_official, to_official
 
 StateDict = Mapping[str, np.ndarray]
 
-# Fields that may differ from the released networks without changing any parameter.
-_FREE_FIELDS = {
+# Fields that may differ from the released networks without changing any parameter; all but the
+# first two change what is computed with them.
+_FREE_FIELDS = (
     "backbone",
+    "dropout",
     "local_downsample",
     "global_atrous_rate",
     "local_atrous_rate",
-    "dropout",
     "compute_dtype",
     "matching_dtype",
-}
+)
 # In backbone files, but in no part of CFBI: classifiers and the counters of trainable batch norm.
 _UNUSED_IN_BACKBONE_FILES = re.compile(
     r"(\.num_batches_tracked|^fc\.(weight|bias)|^classifier\.1\.(weight|bias)"
@@ -44,7 +45,13 @@ _TORCHVISION_MOBILENET = [
 
 
 def strip_module(state: StateDict) -> dict[str, np.ndarray]:
-    """Drops the `module.` that `DataParallel` puts before every key."""
+    """Drops the `module.` that `DataParallel` puts before every key.
+
+    Raises ValueError where a key is there with and without it.
+    """
+    twice = [key for key in state if key.startswith("module.") and key[len("module.") :] in state]
+    if twice:
+        raise ValueError(f"two values for one tensor: {twice[0]} and {twice[0][len('module.') :]}")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -68,6 +75,14 @@ def convert_state_dict(state: StateDict) -> tuple[CFBI, dict]:
             f"MobileNetV2 (feature_extracter.backbone.features.*) keys, found {found} ..."
         )
     return model, _fill(entries(model), state, aliases_required=True)
+
+
+def computed_otherwise(model: CFBI) -> dict[str, tuple]:
+    """Where the official code would compute something else with the same weights: field ->
+    (the model's value, the official one)."""
+    own, released = model_config(model), model_config(CFBI())
+    fields = _FREE_FIELDS[2:]
+    return {f: (own[f], released[f]) for f in fields if own[f] != released[f]}
 
 
 def export_state_dict(model: CFBI, variables: Mapping) -> dict[str, np.ndarray]:

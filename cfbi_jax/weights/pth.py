@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     Reads the zip container and the one before PyTorch 1.6, CUDA storages, `{'state_dict': ...}`
     with an optimiser, a score or a command line's arguments beside it, or the bare state dict. Half
     precision becomes float32. Only tensors, numbers and plain containers are unpickled: a file that
-    would run code raises ValueError.
+    would run code raises ValueError, as does one that differs from its own checksums (which the
+    older container has not).
     """
     torch = _torch()
     path = Path(path)
@@ -47,17 +49,24 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = _member_with_wrong_checksum(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {found[1]}, which could run code" if found else "it is no .pth file"
         raise ValueError(
             f"{path} was refused: {what}; expected tensors, numbers and plain containers"
         ) from error
+    except PermissionError:
+        raise
     except Exception as error:  # torch's unpickler fails in many ways on bytes that are no pickle
-        raise ValueError(f"{path} is damaged or no .pth file: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is damaged or no .pth file: {reason}") from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another one")
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a state dict")
+        found = f"a {type(content).__name__}{' without weights' if state is not None else ''}"
+        raise ValueError(f"{path} holds {found}; expected a state dict")
     strange = [key for key in state if not isinstance(key, str)]
     if strange:
         raise ValueError(f"{path}: expected names as keys of the state dict; found {strange[:5]}")
@@ -65,10 +74,24 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
     if wrong:
         raise ValueError(f"{path}: these entries of the state dict are no tensors: {wrong[:5]}")
     half = (torch.float16, torch.bfloat16)
-    return {
-        key: (value.float() if value.dtype in half else value).detach().numpy()
-        for key, value in state.items()
-    }
+    arrays = {}
+    for key, value in state.items():
+        try:
+            arrays[key] = (value.float() if value.dtype in half else value).detach().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised, 8 bits, without values
+            raise ValueError(
+                f"{path}: {key} is {value.dtype}, {value.layout}, on {value.device}; expected "
+                "plain numbers"
+            ) from error
+    return arrays
+
+
+def _member_with_wrong_checksum(path: Path) -> str | None:
+    """The first damaged part of a zip container, which torch reads without a word."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def write_pth(path: str | Path, state: Mapping[str, np.ndarray]) -> None:

@@ -147,6 +147,8 @@ def test_names_are_those_of_folders(root):
         ({"1": {"frames": []}}, "object 1: no frames"),
         ({"1": {"category": "dog"}}, "object 1: no frames"),
         ({"1": {"frames": [5]}}, "object 1: frame 5"),
+        ({"1": {"frames": ["00000"], "category": 3}}, "object 1: category 3; expected a name"),
+        ({"2": {"frames": ["00000"]}, "02": {"frames": ["00005"]}}, "object 02 is there twice"),
     ],
 )
 def test_wrong_entries_of_meta(root, objects, message):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
+from cfbi_jax.evaluation.submission import check_submission
 
 
 def blobs(seed, frames, shape, ids=(1, 2)):
@@ -148,7 +149,8 @@ def test_too_high_id_is_an_error(two_squares):
         mask = np.zeros((10, 10), np.uint8)
         mask[3:6, 3:6] = wrong
         Image.fromarray(mask).save(results / "a" / "00002.png")
-        with pytest.raises(ValueError, match=rf"a.00002\.png.* id {wrong}.*\[1\]"):
+        hint = {2: "$", 255: r" \(0 and 255 are masks as DAVIS 2016"}[wrong]
+        with pytest.raises(ValueError, match=rf"a.00002\.png.* id {wrong}.*\[1\]{hint}"):
             score_davis(root, results)
 
 
@@ -202,7 +204,8 @@ def test_unusable_truth_is_an_error(tmp_path, write_davis, write_results):
 
 
 def test_scarcely_visible_objects_are_scored(tmp_path, write_davis, write_results):
-    """What would be an anti-aliased drawing as a given mask is a prediction like any other."""
+    """What would be an anti-aliased drawing as a given mask is truth, and a prediction, like any
+    other."""
     truth = np.zeros((4, 60, 100), np.uint8)
     for i in range(20):
         truth[:, 10 * (i // 10) : 10 * (i // 10) + 9, 10 * (i % 10) : 10 * (i % 10) + 9] = 1 + i
@@ -218,3 +221,18 @@ def test_scarcely_visible_objects_are_scored(tmp_path, write_davis, write_result
     scores = score_davis(root, results, 2017, "val", "480p")
     regions = [one.region.mean() for one in scores.objects]
     np.testing.assert_allclose(regions, [2 / 9] * 13 + [1] * 7)
+    write_davis(root, {"crowd": prediction})  # the first mask, too
+    assert score_davis(root, results).region.mean == 1
+    assert check_submission(results, root, split="val") == []
+
+
+def test_palettes_of_predictions_are_of_any_colours(two_squares):
+    """The official tool reads indices alone."""
+    root, results = two_squares
+    expected = score_davis(root, results)
+    for path in results.glob("*/*.png"):
+        image = Image.open(path)
+        image.putpalette([255, 255, 255, 0, 0, 0])  # black on white
+        image.save(path)
+    assert score_davis(root, results).region == expected.region
+    assert check_submission(results, root, split="val") == []

@@ -51,6 +51,29 @@ def test_scores_anew_every_time_and_leaves_no_stale_table(davis):
     assert list(results.glob("*.csv")) == []
 
 
+def test_tables_are_there_whoever_reads_what_is_printed(davis):
+    """As `score.py | head` may not."""
+    results, arguments = davis
+    command = [sys.executable, ROOT / "scripts" / "score.py", *arguments]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, stdout=writer, stderr=subprocess.DEVNULL, env=environment)
+    os.close(writer)
+    assert (results / "global_results-val.csv").read_text().splitlines()[1].startswith("1.000,")
+    assert len(list(results.glob("*_results-val.csv"))) == 3
+
+
+def test_the_folder_of_an_evaluation(davis, tmp_path):
+    """Its masks are one folder further in."""
+    results, arguments = davis
+    (tmp_path / "out").mkdir()
+    results.rename(tmp_path / "out" / "Annotations")
+    done = run(*arguments[:-1], tmp_path / "out")
+    assert done.returncode == 1
+    assert f"(or is --results {tmp_path / 'out' / 'Annotations'}?)" in done.stderr
+
+
 def test_output_elsewhere(davis, tmp_path):
     results, arguments = davis
     done = run(*arguments, "--output", tmp_path / "tables", "--sequences", "a", "--split", "val")

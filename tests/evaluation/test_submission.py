@@ -1,5 +1,6 @@
 """Zips for the servers, and the check of what they would reject."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -196,15 +197,78 @@ def test_damaged_and_repeated(davis, tmp_path):
     (tmp_path / "out.zip").write_bytes(data)
     problems = check_submission(tmp_path / "out.zip", root)
     assert "a: not a picture, or damaged (frame 00000)" in problems
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/00000.png", bytes(1000))
+    lzma = bytearray((tmp_path / "lzma.zip").read_bytes())
+    lzma[30 + len("a/00000.png") + 4] = 255  # its properties
+    (tmp_path / "lzma.zip").write_bytes(lzma)
+    problems = check_submission(tmp_path / "lzma.zip", root)
+    assert "a: not a picture, or damaged (frame 00000)" in problems
     for start, signature in ((8, b"PK\x03\x04"), (10, b"PK\x01\x02")):
         at = data.index(signature) + start
         data[at : at + 2] = (9).to_bytes(2, "little")  # Deflate64
     (tmp_path / "out.zip").write_bytes(data)
     problems = check_submission(tmp_path / "out.zip", root)
     assert any("a method that Python cannot read" in problem for problem in problems)
+    data[data.index(b"PK\x01\x02") + 6] = 99  # made for a version of zip to come
+    (tmp_path / "out.zip").write_bytes(data)
+    (problem,) = check_submission(tmp_path / "out.zip", root)
+    assert "damaged: zip file version 9.9" in problem
     (tmp_path / "out.zip").write_bytes(b"no zip")
     (problem,) = check_submission(tmp_path / "out.zip", root)
     assert "not a zip" in problem
+
+
+def test_a_changed_byte_of_a_mask_is_found(davis):
+    """Decoders may take it for other pixels."""
+    root, results = davis
+    path = results / "a" / "00001.png"
+    data = path.read_bytes()
+    at = data.index(b"IDAT") + 4
+    found = {}
+    for i in range(at, data.index(b"IEND") + 4):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        found[i] = check_submission(results, root)
+    assert len(found) > 20
+    assert set(map(tuple, found.values())) == {("a: not a picture, or damaged (frame 00001)",)}
+    path.write_bytes(data[:-1])
+    assert check_submission(results, root) == ["a: not a picture, or damaged (frame 00001)"]
+
+
+def test_what_cannot_be_read_is_no_problem_of_the_submission(davis, monkeypatch):
+    root, results = davis
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError, match=r"a.0000\d\.png"):
+        patch.setattr(Path, "read_bytes", refuse)
+        check_submission(results, root)
+    scan = os.scandir
+
+    def scandir(path):
+        return refuse(path) if Path(path) == results / "b" else scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="results/b"):
+        check_submission(results, root)
+    with pytest.raises(PermissionError, match="results/b"):
+        write_zip(results, results.parent / "out.zip")
+
+
+def test_files_elsewhere_are_counted(davis, tmp_path):
+    """Those of a Mac's archives, say."""
+    root, results = davis
+    write_zip(results, tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip", "a") as archive:
+        for i in range(3):
+            archive.writestr(f"__MACOSX/a/._{i:05d}.png", b"")
+        archive.writestr("notes.txt", b"")
+    shape = "expected only <sequence>/<frame>.png"
+    assert check_submission(tmp_path / "out.zip", root) == [
+        f"__MACOSX: 3 files, first __MACOSX/a/._00000.png: {shape}",
+        f"notes.txt: {shape}",
+    ]
 
 
 def test_davis_2016_takes_any_value_for_its_object(tmp_path, write_davis, write_results):
@@ -234,7 +298,9 @@ def test_script(davis, tmp_path, monkeypatch):
     (results / "a" / "00001.png").unlink()
     rejected = run(root, results)
     assert rejected.returncode == 1
-    assert "a: missing frame 00001" in rejected.stdout
+    assert f"{results}: 1 problem\n  a: missing frame 00001" in rejected.stdout
+    other = run(root, results, "--dataset", "youtube_vos", "--resolution", "480p")
+    assert other.returncode == 2 and "--resolution is for DAVIS" in other.stderr
     empty = run(root, results, "--sequences", "")
     assert empty.returncode == 2 and "--sequences names no sequence" in empty.stderr
     nothing = run(root, tmp_path / "nothing.zip")

@@ -93,6 +93,10 @@ def test_seen_categories_of_the_training_set(late_object, write_youtube_vos):
     scores = score_youtube_vos(root, results, "held_out")
     assert [g.name for g in scores.groups] == ["seen", "unseen"]
     assert scores.groups[0].region == pytest.approx(np.mean(scores.objects[1].region))
+    meta = root / "held_out" / "meta.json"
+    meta.write_text(meta.read_text().replace('"dog"', "null"))
+    scores = score_youtube_vos(root, results, "held_out")
+    assert scores.categories == ("", "zebra") and [g.name for g in scores.groups] == ["all"]
 
 
 def test_tables(late_object, tmp_path):

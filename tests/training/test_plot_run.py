@@ -147,6 +147,12 @@ def test_bad_input_is_named_and_no_picture_written(plot_run, tmp_path):
     assert "damaged/metrics.jsonl, line 2: damaged" in error(good, tmp_path / "damaged")
     assert "scores/evaluations.jsonl, line 1: damaged" in error(good, scores)
     assert "--smooth 0" in error(good, "--smooth", 0)
+    write_lines(tmp_path / "far" / "metrics.jsonl", [{"step": 10**21, "loss": 1.0}])
+    assert "'loss': a step or value is too large" in error(tmp_path / "far")
+    deep = tmp_path / "deep" / "metrics.jsonl"
+    deep.parent.mkdir()
+    deep.write_text('{"step": 1, "loss": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert "deep/metrics.jsonl, line 1: damaged" in error(deep.parent)
 
     done = run(good, tmp_path / "damaged")
     assert done.returncode == 1 and "Traceback" not in done.stderr

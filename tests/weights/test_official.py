@@ -4,6 +4,7 @@ import json
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipe
@@ -15,6 +16,7 @@ from backbone_files import (
 
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.weights.official import (
+    computed_otherwise,
     convert_backbone,
     convert_state_dict,
     export_state_dict,
@@ -72,6 +74,8 @@ def test_data_parallel_prefix():
     _, plain = convert_state_dict(state)
     _, prefixed = convert_state_dict({f"module.{k}": v for k, v in state.items()})
     assert plain["params"]["foreground_bias"] == prefixed["params"]["foreground_bias"]
+    with pytest.raises(ValueError, match=r"two values for .* module\.bg_bias and bg_bias"):
+        convert_state_dict(state | {"module.bg_bias": state["bg_bias"]})
 
 
 def test_every_problem_is_listed():
@@ -107,6 +111,15 @@ def test_other_networks_are_named():
 def test_a_model_that_the_official_code_lacks_is_not_exported(field, value):
     with pytest.raises(ValueError, match=field):
         export_state_dict(CFBI(**{field: value}), {})
+
+
+def test_what_the_official_code_would_compute_otherwise():
+    assert computed_otherwise(CFBI(backbone="mobilenet_v2", dropout=0.5)) == {}
+    model = CFBI(local_downsample=False, compute_dtype=jnp.bfloat16)
+    assert computed_otherwise(model) == {
+        "local_downsample": (False, True),
+        "compute_dtype": ("bfloat16", "float32"),
+    }
 
 
 # --------------------------------------------------------------------------- backbone-only files

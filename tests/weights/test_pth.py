@@ -128,6 +128,28 @@ def test_bad_files(tmp_path, tensors):
     torch.save({"state_dict": {"a": 3}}, path)
     with pytest.raises(ValueError, match="no tensors: .*'a'"):
         read_pth(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="holds a dict without weights"):
+        read_pth(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no \.pth file: \S"):
+        read_pth(path)
+    torch.save({"a": torch.eye(3).to_sparse(), "b": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match=r"x\.pth: a is torch.float32, torch.sparse_coo"):
+        read_pth(path)
+
+
+def test_a_changed_byte_is_found(tmp_path):
+    """torch reads it without a word."""
+    path = tmp_path / "x.pth"
+    value = torch.full((8,), 0.0789)
+    torch.save({"a": value}, path)
+    data = path.read_bytes()
+    at = data.index(value.numpy().tobytes())
+    path.write_bytes(data[: at + 3] + bytes([data[at + 3] ^ 4]) + data[at + 4 :])
+    assert torch.load(path)["a"][0] != value[0]
+    with pytest.raises(ValueError, match=r"x\.pth is damaged: the checksum of \S+/data/0 in it"):
+        read_pth(path)
 
 
 def test_script_converts_and_exports(tmp_path, tensors):
@@ -156,6 +178,9 @@ def test_script_converts_and_exports(tmp_path, tensors):
     endless = run("--input", source, "--output", tmp_path / "endless")
     assert endless.returncode == 1 and not (tmp_path / "endless").exists()
     assert f"{source}: 1 arrays hold NaN or infinity, the first: params/deeplab" in endless.stderr
+    torch.save({key: value for key, value in tensors.items() if key != "bg_bias"}, source)
+    lacking = run("--input", source, "--output", tmp_path / "lacking")
+    assert lacking.stderr.startswith(f"error: {source}: the weights do not fit (1 problems)")
 
 
 def test_write_keeps_nothing_half_done(tmp_path, monkeypatch):
