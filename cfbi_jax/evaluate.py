@@ -16,9 +16,16 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis, synthetic, youtube_vos
-from cfbi_jax.data.image_files import read_mask
+from cfbi_jax.data.image_files import ids_in
 from cfbi_jax.data.sources import DATASETS
-from cfbi_jax.data.videos import EvaluationVideo, check_videos, in_threads, split_names
+from cfbi_jax.data.videos import (
+    EvaluationVideo,
+    check_videos,
+    in_threads,
+    read_given,
+    read_label,
+    split_names,
+)
 from cfbi_jax.evaluation import davis as davis_scores
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation import youtube_vos as youtube_vos_scores
@@ -47,6 +54,13 @@ class Evaluation:
     workdir: Path
     overwrite: bool
     overlays: bool
+
+
+def videos_of(config: ConfigDict) -> list[EvaluationVideo]:
+    """The videos of an evaluation, none of them opened; no synthetic ones, which are still to be
+    drawn. Errors: ValueError or OSError, also for options of inference out of their range."""
+    Options(**config.inference)
+    return [] if config.data.dataset == "synthetic" else _videos(config.data)
 
 
 def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = None) -> Evaluation:
@@ -94,13 +108,26 @@ def prepare(config: ConfigDict, workdir: Path, checkpoint: Checkpoint | None = N
 
 def _read_truth(videos: list[EvaluationVideo]) -> None:
     """Reads the true masks, of which `check_videos` sees the header and the end, to find damaged
-    ones early. Errors: those of `read_mask`."""
-    paths = [path for video in videos for path in video.truth.values()]
-    in_threads(_look_at_truth, paths)
+    ones early. Warns of objects that are given nowhere. Errors: those of `read_mask`."""
+    truth = [(video, path) for video in videos for path in video.truth.values()]
+    shown: dict[str, set[int]] = {}
+    for (video, _), ids in zip(truth, in_threads(_true_ids, truth), strict=True):
+        shown.setdefault(video.name, set()).update(ids)
+    for video in videos:
+        if video.reading == "void_255":  # YouTube-VOS says which object comes when
+            given = ids_in(read_given(video, 0)).tolist()
+            late = sorted(shown.get(video.name, set()) - set(given))
+            if late:
+                LOGGER.warning(
+                    "%s: objects %s are not in the first mask, so they are neither given nor "
+                    "scored; expected the layout of YouTube-VOS for objects that come later",
+                    *(video.name, ", ".join(map(str, late))),
+                )
 
 
-def _look_at_truth(path: Path) -> None:
-    read_mask(path, refuse_shades=False)
+def _true_ids(truth: tuple[EvaluationVideo, Path]) -> list[int]:
+    video, path = truth
+    return ids_in(read_label(video, path, refuse_shades=False)).tolist()
 
 
 def check_apart(videos: list[EvaluationVideo], workdir: Path) -> None:

@@ -31,7 +31,10 @@ DISTRIBUTED = flags.DEFINE_string(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(_) -> None:
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:  # "--" or "=" forgotten, or a space too many
+        found = " ".join(arguments[1:])
+        sys.exit(f"error: {found}: no argument; expected --config.FIELD=VALUE, without spaces")
     try:
         _main()
     except KeyboardInterrupt:  # a training catches the first one, and saves

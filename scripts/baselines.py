@@ -178,7 +178,8 @@ def load_features(arguments: argparse.Namespace) -> Features:
     model = build_model(config.model.to_dict())
     if not arguments.calibrated:
         return embedding_features(initial_checkpoint(model, config.init_from, config.seed))
-    clips = preparation.training_clips(config, ClipOptions(**config.clips))
+    sources = preparation.used_sources(config)
+    clips = preparation.training_clips(config, sources, ClipOptions(**config.clips))
     return embedding_features(preparation.first_weights(config, model, clips))
 
 

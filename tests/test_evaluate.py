@@ -106,6 +106,16 @@ def test_ids_with_a_gap(config, davis, tmp_path, caplog):
     assert "synthetic-0001" not in caplog.text
 
 
+def test_objects_that_come_late(config, davis, tmp_path, caplog):
+    """DAVIS has none; the layout of YouTube-VOS says where each begins."""
+    path = davis / "Annotations/480p/synthetic-0000/00000.png"
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label == 2, 0, label)).save(path)
+    evaluate.prepare(config, tmp_path / "out")
+    assert "synthetic-0000: objects 2 are not in the first mask, so they are neither" in caplog.text
+    assert "synthetic-0001" not in caplog.text
+
+
 def test_davis_2016_is_one_object(config, davis, tmp_path):
     lists = davis / "ImageSets"
     (lists / "2016").mkdir()
@@ -575,7 +585,9 @@ def test_quickstart_command(tmp_path):
         (["--config.mode=trian"], 'error: config.mode is "trian"'),
         (["--config.mode=eval"], "error: config.checkpoint is empty"),
         (["--config.mode=eval", "--config.untrained=True"], "error: config.data.root is empty"),
-        ([], "error: config.sources.davis.root is empty"),
+        (["--config.mode=eval", "config.seed=1"], "error: config.seed=1: no argument; expected"),
+        ([], "error: config.data.root is empty"),
+        (["--config.mode=train"], "error: config.sources.davis.root is empty"),
     ],
 )
 def test_command_refuses_bad_arguments_without_a_traceback_of_ours(tmp_path, arguments, message):

@@ -121,7 +121,7 @@ class VideoFrames(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable]]:
-        check_training_files(self.files)
+        self.info.metadata["largest_ids"] = check_training_files(self.files)
         self.info.metadata["videos"] = describe(self.files)
         frames = [
             (video.name, frame, mask)

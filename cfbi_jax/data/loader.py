@@ -75,16 +75,22 @@ class Clips:
         rng = np.random.default_rng((self.seed, index))
         return sample_clip(source.video((item - start) % len(source), rng), rng, self.options)
 
-    def check_objects(self) -> None:
-        """Raises ValueError if none of the first clips shows an object."""
-        tried = min(OBJECT_TRIES, 4 * self.epoch_length)
-        if not any(self[index].num_objects for index in range(tried)):
-            raise ValueError(
-                f"none of the first {tried} clips shows an object of more than "
-                f"{self.options.min_object_pixels} pixels in a reference of more than "
-                f"{self.options.min_reference_pixels}; expected masks with objects (255 is "
-                "nobody's: for DAVIS with masks of 0 and 255 set year=2016)"
+    def check_objects(self, names: Sequence[str]) -> None:
+        """Raises ValueError if a source, of those `names`, has clips without objects only."""
+        for name, source in zip(names, self.sources, strict=True):
+            tried = min(OBJECT_TRIES, 4 * len(source))
+            rngs = (np.random.default_rng((self.seed, i)) for i in range(tried))
+            clips = (
+                sample_clip(source.video(i % len(source), rng), rng, self.options)
+                for i, rng in enumerate(rngs)
             )
+            if tried and not any(clip.num_objects for clip in clips):
+                raise ValueError(
+                    f"{name}: none of {tried} clips shows an object of more than "
+                    f"{self.options.min_object_pixels} pixels in a reference of more than "
+                    f"{self.options.min_reference_pixels}; expected masks with objects (255 is "
+                    "nobody's: for DAVIS with masks of 0 and 255 set year=2016)"
+                )
 
 
 @lru_cache(maxsize=2)

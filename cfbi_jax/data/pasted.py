@@ -17,7 +17,7 @@ from cfbi_jax.data.augment import NOBODY
 from cfbi_jax.data.clips import ClipSource, TrainingVideo
 from cfbi_jax.files import BadFile
 
-_FIRST_ID = 127  # a pasted object has its own id plus this
+MAX_ID = 127  # a pasted object has its own id plus this
 _SCALES = (0.6, 1.1)  # of what is pasted, in pixels of the video that it goes into
 _DOUBLES = 0.25  # share of the pasted videos that are the video itself
 
@@ -90,15 +90,15 @@ class _PastedVideo:
         label, other = self.video.mask(t), self.other.mask(self._time(t))
         for name, ids in ((self.video.name, label), (self.other.name, other)):
             largest = ids[_is_object(ids)].max(initial=0)
-            if largest > _FIRST_ID:
+            if largest > MAX_ID:
                 raise BadFile(
-                    f"{name}: object {largest}; expected ids up to {_FIRST_ID}, as others are "
+                    f"{name}: object {largest}; expected ids up to {MAX_ID}, as others are "
                     "pasted into this source (paste = 0 takes any)"
                 )
         other = np.where(_is_object(other), other, np.uint8(0))
         pasted = self._moved(other, label.shape, cv2.INTER_NEAREST)
         visible = (pasted > 0) & ~(_is_object(label) if self.behind else False)
-        return np.where(visible, pasted + np.uint8(_FIRST_ID), label)
+        return np.where(visible, pasted + np.uint8(MAX_ID), label)
 
     def _time(self, t: int) -> int:
         last = len(self.other) - 1

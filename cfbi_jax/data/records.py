@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class RecordVideo:
     def frame(self, t: int) -> UInt8[np.ndarray, "height width 3"]:
         """Frame `t` (from 0) as RGB. Errors: IndexError; BadFile, also for a damaged record."""
         record = self._record(t)
-        return decode_frame(record["frame"], self._file(record, "frame"))
+        with self._copied():
+            return decode_frame(record["frame"], self._file(record, "frame"))
 
     def mask(self, t: int) -> UInt8[np.ndarray, "height width"]:
         """The ids at frame `t`: 0 or 1 if there is but one object; 255 where void, if there is any.
@@ -96,7 +97,8 @@ class RecordVideo:
         copied.
         """
         record = self._record(t)
-        label = decode_mask(record["mask"], self._file(record, "mask"), refuse_shades=False)
+        with self._copied():
+            label = decode_mask(record["mask"], self._file(record, "mask"), refuse_shades=False)
         return (label > 0).astype(np.uint8) if self.reading == "binary" else label
 
     def _record(self, t: int) -> dict[str, Any]:
@@ -107,6 +109,16 @@ class RecordVideo:
             return self.videos.source[self.first + t]
         except RuntimeError as error:  # what ArrayRecord raises
             raise damaged(self.videos.folder, error) from error
+
+    @contextlib.contextmanager
+    def _copied(self) -> Iterator[None]:
+        """Adds to an error of the copy what is to be done about it."""
+        try:
+            yield
+        except BadFile as error:
+            raise BadFile(
+                f"{error}; mend the file that this is a copy of, and delete {self.videos.folder}"
+            ) from error
 
     def _file(self, record: dict[str, Any], kind: str) -> str:
         return f"{self.videos.folder}: {kind} {self.name}/{record['stem'].decode()}"
@@ -120,6 +132,11 @@ class RecordVideos:
     Args:
       folder: what `prepare` returned, or a builder's `data_dir`.
 
+    Attributes:
+      digest: of the files that the records were made from.
+      largest_ids: the largest object id of each video, 0 for none; empty where the records are
+        older than this.
+
     Errors: FileNotFoundError for a folder without (complete) records.
     """
 
@@ -130,7 +147,9 @@ class RecordVideos:
             raise FileNotFoundError(f"{metadata}: no such file; expected a folder of records")
         self._videos: list[tuple[str, str, int, int]] = []
         first = 0
-        videos = json.loads(metadata.read_text())["videos"]
+        content = json.loads(metadata.read_text())
+        videos = content["videos"]
+        self.largest_ids: dict[str, int] = content.get("largest_ids", {})
         self.digest = hashlib.blake2b(json.dumps(videos).encode(), digest_size=8).hexdigest()
         for video in videos:
             length = len(video["frames"])

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from cfbi_jax.data import davis, youtube_vos
 from cfbi_jax.data.clips import ClipSource
-from cfbi_jax.data.pasted import PastedVideos
+from cfbi_jax.data.pasted import MAX_ID, PastedVideos
 from cfbi_jax.data.records import RecordVideos, prepare
 from cfbi_jax.data.static_images import StaticClips
 from cfbi_jax.data.synthetic import MAX_OBJECTS, SyntheticVideos
@@ -48,6 +48,7 @@ def clip_source(
         if not source["root"]:
             raise ValueError(f"{field}.root is empty; expected the folder of the data set")
         videos = _recorded(source, Path(records) if records else cache_folder() / "records")
+        _check_ids(videos, field, source["paste"])
     if source["static"]:
         videos = StaticClips(videos, source["static_frames"])
     return PastedVideos(videos, source["paste"]) if source["paste"] else videos
@@ -73,6 +74,24 @@ def _recorded(source: ConfigDict, records: Path) -> RecordVideos:
     kept = [video.name for video in files]
     place = hashlib.blake2b(f"{Path(root).resolve()} {kept}".encode(), digest_size=4)
     return RecordVideos(prepare(f"{about}_{place.hexdigest()}", files, records))
+
+
+def _check_ids(videos: RecordVideos, field: str, paste: float) -> None:
+    """Warns of videos without objects. Errors: ValueError for ids that leave none to what is pasted
+    beside them."""
+    empty = [name for name, largest in videos.largest_ids.items() if not largest]
+    if empty:
+        LOGGER.warning(
+            "%s: %d of %d videos have no object in any mask (255 is nobody's): %s",
+            *(field, len(empty), len(videos), ", ".join(empty[:5])),
+        )
+    high = [name for name, largest in videos.largest_ids.items() if largest > MAX_ID]
+    if paste and high:
+        raise ValueError(
+            f"{field}: {high[0]} has object {videos.largest_ids[high[0]]}; expected ids up to "
+            f"{MAX_ID}, as others' objects are pasted ({field}.paste is {paste}), or the video "
+            f"in {field}.exclude"
+        )
 
 
 def contents(source: ClipSource) -> str:

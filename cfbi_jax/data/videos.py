@@ -129,9 +129,11 @@ def check_videos(
     return {video.name: found for video, found in zip(videos, ids, strict=True)}
 
 
-def check_training_files(files: Sequence[TrainingFiles]) -> None:
-    """Checks header, size and end of every frame and reads every mask, so that long work does not
-    stop halfway.
+def check_training_files(files: Sequence[TrainingFiles]) -> dict[str, int]:
+    """Checks header, size and end of every frame and reads every mask, and every frame that is a
+    PNG, so that long work does not stop halfway. Damage within a JPEG is not found.
+
+    Returns the largest object id of each video, 0 for none, by its name.
 
     Errors: FileNotFoundError for a missing file; ValueError for no videos, a name that is there
     twice, a file that is cut short or no picture, a mask that `read_mask` refuses, a frame or mask
@@ -143,7 +145,7 @@ def check_training_files(files: Sequence[TrainingFiles]) -> None:
     if len(set(names)) < len(names):
         name = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{name}: more than one video of this name; expected one")
-    in_threads(_check_training_video, files)
+    return dict(zip(names, in_threads(_check_training_video, files), strict=True))
 
 
 def split_names(listed: str) -> list[str]:
@@ -182,11 +184,21 @@ def in_threads(look: Callable, items: Sequence) -> list:
             raise
 
 
-def _check_training_video(video: TrainingFiles) -> None:
+def _check_training_video(video: TrainingFiles) -> int:
     """Checks one video; see `check_training_files`."""
     size = _check_frame_sizes(video.frames, video.masks)
+    largest = 0
     for path in video.masks:
-        _check_size(path, image_files.read_mask(path).shape, size, video.frames[0])
+        label = image_files.read_mask(path)
+        _check_size(path, label.shape, size, video.frames[0])
+        if video.reading == "binary":
+            largest = max(largest, int(label.any()))
+        else:
+            largest = max(largest, int(label[label != 255].max(initial=0)))
+    for path in video.frames:
+        if path.suffix.lower() == ".png":
+            image_files.read_frame(path)
+    return largest
 
 
 def _check_frame_sizes(frames: Sequence[Path], masks: Iterable[Path]) -> tuple[int, int]:

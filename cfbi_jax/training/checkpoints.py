@@ -288,6 +288,12 @@ def mend_best(workdir: Path) -> None:
         old.rename(best)
 
 
+def forget_best(workdir: Path) -> None:
+    """Removes what another run left: no weights of a new one are there before its checkpoint."""
+    for name in ("best", "best.new", "best.old"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+
+
 # What may change when a run goes on: where things are, how they are computed, what is reported.
 FREE_FIELDS = (
     "mode",

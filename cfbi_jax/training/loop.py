@@ -29,7 +29,7 @@ from cfbi_jax.data import loader
 from cfbi_jax.files import write_file
 from cfbi_jax.inference import dataset
 from cfbi_jax.training import metric_writers, schedule
-from cfbi_jax.training.checkpoints import Checkpoints
+from cfbi_jax.training.checkpoints import Checkpoints, forget_best
 from cfbi_jax.training.diagnosis import NotFinite, explain
 from cfbi_jax.training.feeding import on_devices
 from cfbi_jax.training.preparation import Refused, Training, hold
@@ -104,6 +104,8 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
     if first_step:
         LOGGER.info("going on from step %d of %d", first_step, last_step)
     if primary:
+        if not first_step:
+            forget_best(workdir)
         write_file(workdir / "config.json", json.dumps(plain, indent=1).encode())
         overview = parameter_overview.get_parameter_overview(state.params)
         write_file(workdir / "parameters.txt", overview.encode())

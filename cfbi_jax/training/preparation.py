@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,22 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     plain = _plain(config)
     if begun:
         _check_unchanged(begun["run"], plain, workdir)
+    if config.mode == "train_and_eval" and jax.process_index() == 0:
+        # The best weights' masks go to the work directory itself.
+        evaluate.check_apart(evaluate.videos_of(config), workdir)
+    if not begun:
+        _check_results(config, workdir)
     with hold(workdir):  # before anything of a run that is at work there is touched
         pass
     check_shared(workdir)
 
     use_compilation_cache(config.compilation_cache)
-    clips = training_clips(config, clip_options)
+    sources = used_sources(config)
+    clips = training_clips(config, sources, clip_options)
     plain["videos"] = [contents(source) for source in clips.sources]
     if begun:
         _check_unchanged(begun["run"], plain, workdir)
-    clips.check_objects()
+    clips.check_objects([f"config.sources.{name}" for name in sources])
     _check_shared_memory(config)
     if config.warmup_steps > config.num_train_steps:
         LOGGER.warning(
@@ -127,29 +133,44 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
     evaluation = None
     if config.mode == "train_and_eval" and jax.process_index() == 0:
         evaluation = evaluate.prepare(_quick(config), workdir / "evaluation", start)
-        evaluate.check_apart(evaluation.videos, workdir)  # where the best weights' masks go
         _check_truth(evaluation.videos)
-        _check_results(config, workdir, bool(begun))
         plain["evaluated"] = {v.name: dataset.identity(v) for v in evaluation.videos}
         if begun:
             _check_unchanged(begun["run"], plain, workdir)
     return Training(config, plain, workdir, clips, start, options, mesh, evaluation)
 
 
-def training_clips(config: ConfigDict, options: ClipOptions) -> Clips:
-    """The clips of `config.sources`. Raises ValueError where there are none, and the errors of
-    `clip_source`."""
-    used = {name: source for name, source in config.sources.items() if source.weight}
+def used_sources(config: ConfigDict) -> dict[str, ConfigDict]:
+    """`config.sources` without those of weight 0, each with all fields. Raises ValueError where
+    there are none, and for one with other fields than those of `config.source`."""
+    used = {}
+    for name, given in config.sources.items():
+        try:
+            filled = source(**given)
+        except (AttributeError, KeyError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"config.sources.{name}: {said}; expected cfbi_jax.config.source(...)"
+            ) from error
+        if filled.weight:
+            used[name] = filled
     if not used:
         raise ValueError(
             "config.sources is empty, or all weights are 0; expected videos to train on"
         )
+    return used
+
+
+def training_clips(
+    config: ConfigDict, sources: Mapping[str, ConfigDict], options: ClipOptions
+) -> Clips:
+    """The clips of `used_sources`. Errors: those of `clip_source`."""
     drawn = config.clips.max_objects, config.seed
-    sources = [
-        (clip_source(name, source, config.records, *drawn), source.weight)
-        for name, source in used.items()
+    videos = [
+        (clip_source(name, fields, config.records, *drawn), fields.weight)
+        for name, fields in sources.items()
     ]
-    return Clips(sources, options, config.seed)
+    return Clips(videos, options, config.seed)
 
 
 def _going_on(config: ConfigDict, model: CFBI, begun: dict[str, Any], workdir: Path) -> Checkpoint:
@@ -188,6 +209,8 @@ def _check_config(config: ConfigDict, begun: bool) -> None:
                 f"config.{field} is {config[field]!r}, which is for config.mode=eval, and "
                 f"config.mode is {config.mode!r}; config.init_from is what a training starts from"
             )
+    if config.init_from and not begun and not Path(config.init_from).exists():
+        raise FileNotFoundError(f"{config.init_from}: no such file or folder (config.init_from)")
     if config.freeze_backbone and not config.init_from and not begun:
         raise ValueError(
             "config.freeze_backbone is True and config.init_from is empty: the backbone would stay "
@@ -296,11 +319,19 @@ def _check_unchanged(begun: dict[str, Any], plain: dict[str, Any], workdir: Path
         )
 
 
-def _check_results(config: ConfigDict, workdir: Path, begun: bool) -> None:
-    """Raises ValueError where the final evaluation would meet results of something else."""
+def _check_results(config: ConfigDict, workdir: Path) -> None:
+    """Raises ValueError where a new run would meet weights or results of something else."""
+    if config.overwrite:
+        return
+    best = [path for path in (workdir / "best", workdir / "best.old") if path.exists()]
+    if best and not list((workdir / "checkpoints").glob("[0-9]*")):
+        raise ValueError(
+            f"{best[0]}: the best weights of another run; choose another --workdir, or delete them "
+            "with --config.overwrite=True"
+        )
     results = sorted((workdir / "segmented").glob("*.json"))
     results += sorted(workdir.glob("Annotations/*/*.png"))
-    if results and not begun and not config.overwrite:
+    if results and config.mode == "train_and_eval":
         raise ValueError(
             f"{results[0]}: results of another evaluation; choose another --workdir, or replace "
             "them with --config.overwrite=True"

@@ -128,9 +128,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"no such checkpoint folder: {path}")
     if not (path / "config").is_dir() or not (path / "variables").is_dir():
         found = sorted(p.name for p in path.iterdir())[:8]
+        inside = [*path.glob("best"), *path.glob("[0-9]*"), *path.glob("checkpoints/[0-9]*")]
+        hint = f" (or {inside[0]}?)" if inside else ""
         raise ValueError(
             f"{path} is no checkpoint of this project: expected the folders config and variables, "
-            f"found {found}"
+            f"found {found}{hint}"
         )
     with _damage_named(path), _no_garbage_collection():
         with _reader(ocp.JsonCheckpointHandler) as (reader, _):

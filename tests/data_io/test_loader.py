@@ -176,9 +176,10 @@ def test_sources_that_make_no_epoch():
 
 
 def test_check_objects():
-    tiny_clips((Videos("empty", 3, empty=True), 1), (Videos("v", 1), 1)).check_objects()
-    with pytest.raises(ValueError, match="none of the first 12 clips shows an object of more than"):
-        tiny_clips((Videos("empty", 3, empty=True), 1)).check_objects()
+    tiny_clips((Videos("v", 1), 1), (Videos("w", 2), 3)).check_objects(["a", "b"])
+    clips = tiny_clips((Videos("v", 1), 5), (Videos("empty", 3, empty=True), 1))
+    with pytest.raises(ValueError, match="b: none of 12 clips shows an object of more than"):
+        clips.check_objects(["a", "b"])
 
 
 # ---- Errors and ends ----

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import operator
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -198,11 +199,38 @@ def test_a_file_that_cannot_be_decoded_is_named(root, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"synthetic-0002/00001\.png: damaged picture"):
         prepare(root, tmp_path)
     assert_no_records(tmp_path)
-    monkeypatch.setattr(builders, "check_training_files", lambda files: None)
+    monkeypatch.setattr(builders, "check_training_files", lambda files: {})
     video = records.RecordVideos(prepare(root, tmp_path)).video(1)
     assert video.mask(0).shape == SIZE
-    with pytest.raises(ValueError, match=r"1\.0\.0: mask synthetic-0002/00001: damaged picture"):
+    damaged = r"1\.0\.0: mask synthetic-0002/00001: damaged picture .* mend the file .* and delete "
+    with pytest.raises(ValueError, match=damaged + re.escape(str(tmp_path / "records"))):
         video.mask(1)
+
+
+def test_a_damaged_frame_is_named(root, tmp_path):
+    """A PNG: decoders take what is within a JPEG as it is."""
+    for video in ("synthetic-0001", "synthetic-0002"):
+        for path in (root / "JPEGImages" / "480p" / video).iterdir():
+            Image.open(path).save(path.with_suffix(".png"))
+            path.unlink()
+    path = frame_file(root, 1).with_suffix(".png")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"synthetic-0002/00001\.png"):
+        prepare(root, tmp_path)
+    assert_no_records(tmp_path)
+
+
+def test_largest_ids(root, tmp_path):
+    for t, values in enumerate([[0, 255], [0, 7], [0, 3]]):
+        label = np.kron([values, values[::-1]], np.ones((24, 32), int)).astype(np.uint8)
+        Image.fromarray(label).save(mask_file(root, t, "synthetic-0001"))
+        Image.fromarray(np.uint8(255) * (label > 0)).save(mask_file(root, t))
+    for year, expected in ((2017, [7, 0]), (2016, [1, 1])):
+        files = davis.training_files(root, year=year)
+        videos = records.RecordVideos(records.prepare(str(year), files, tmp_path / "records"))
+        assert list(videos.largest_ids.values()) == expected
 
 
 def test_reading_in_another_process(root, tmp_path):

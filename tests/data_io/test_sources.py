@@ -134,6 +134,28 @@ def test_paste(tmp_path, davis_root):
         make(tmp_path, **fields, paste=2.0)
 
 
+def test_ids_that_leave_none_to_what_is_pasted(tmp_path, davis_root):
+    path = davis_root / "Annotations/48p/synthetic-0002/00001.png"
+    label = np.array(Image.open(path))
+    Image.fromarray(np.where(label > 0, 128, 0).astype(np.uint8)).save(path)
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p")
+    make(tmp_path, **fields)
+    with pytest.raises(ValueError, match="mine: synthetic-0002 has object 128; expected .* 127"):
+        make(tmp_path, **fields, paste=0.5)
+    make(tmp_path, **fields, paste=0.5, exclude="synthetic-0002")
+
+
+def test_videos_without_objects_are_named(tmp_path, davis_root, caplog):
+    fields = dict(dataset="davis", root=str(davis_root), resolution="48p")
+    for path in (davis_root / "Annotations/48p/synthetic-0002").iterdir():
+        Image.fromarray(np.uint8(255) * (np.array(Image.open(path)) > 0)).save(path)
+    for _ in range(2):  # also where the records are there already
+        caplog.clear()
+        make(tmp_path, **fields)
+        assert "mine: 1 of 3 videos have no object in any mask" in caplog.text
+        assert caplog.text.rstrip().endswith(": synthetic-0002")
+
+
 def test_records_go_to_the_cache_unless_told(tmp_path, davis_root, monkeypatch):
     fields = source(dataset="davis", root=str(davis_root), resolution="48p")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

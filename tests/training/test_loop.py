@@ -527,6 +527,22 @@ def test_scores_of_weights_that_are_gone_count_no_more(config, evaluations, tmp_
     assert json.loads((out / "best/evaluation.json").read_text()) == {"step": 6, "J&F": 0.7}
 
 
+def test_the_best_weights_of_another_run_are_not_taken(config, whole, evaluations, tmp_path):
+    """Its checkpoints were deleted, say; its scores would be taken for those of the new one."""
+    out = tmp_path / "out"
+    shutil.copytree(whole / "checkpoints" / "2", out / "best")
+    (out / "best" / "evaluation.json").write_text('{"step": 2, "J&F": 0.99}')
+    for config.mode in ("train", "train_and_eval"):
+        with pytest.raises(ValueError, match="best: the best weights of another run; choose"):
+            preparation.prepare(config, out)
+    config.overwrite = True
+    evaluations[:] = [0.5, 0.4, None]
+    run(config, out)
+    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "4")
+    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
+    assert json.loads((out / "best/evaluation.json").read_text()) == {"step": 4, "J&F": 0.5}
+
+
 def test_other_videos_to_evaluate_are_refused(config, evaluations, davis, tmp_path, monkeypatch):
     """The best of scores of different videos would mean nothing. The same ones may have moved."""
     out = tmp_path / "out"

@@ -218,6 +218,21 @@ def void_masks(config, root):
         Image.fromarray(255 * (np.array(Image.open(path)) > 0).astype(np.uint8)).save(path)
 
 
+def void_masks_beside_others(config, root):
+    """The README's own videos: those of the first source alone would train."""
+    shutil.copytree(root, root / "own")
+    void_masks(config, root / "own")
+    config.sources.own = source(root=str(root / "own"), weight=5)
+
+
+def source_by_hand(config, root):
+    config.sources.own = {"datset": "davis", "root": str(root)}
+
+
+def source_of_text(config, root):
+    config.sources.own = "DAVIS"
+
+
 def no_shared_memory(config, root):
     config.workers = 1_000_000
 
@@ -266,6 +281,10 @@ def no_weights(config, root):
 
 def other_weights(config, root):
     config.model.resnet_width = 8
+
+
+def no_scales(config, root):
+    config.mode, config.data.root, config.inference.scales = "train_and_eval", str(root), ()
 
 
 def nothing_to_evaluate(config, root):
@@ -324,12 +343,18 @@ def masks_over_the_truth(config, root):
         (dropout_of_all, ["dropout is 1.0; expected 0 or more, below 1"]),
         (half_precision, ["compute_dtype is float16, in which gradients vanish"]),
         (no_windows, ["windows is (); expected 1 or more"]),
-        (void_masks, ["none of the first 4 clips", "set year=2016"]),
+        (void_masks, ["config.sources.davis: none of 4 clips", "set year=2016"]),
+        (void_masks_beside_others, ["config.sources.own: none of 4 clips", "set year=2016"]),
+        (
+            source_by_hand,
+            ["config.sources.own: ", "datset", "expected cfbi_jax.config.source(...)"],
+        ),
+        (source_of_text, ["config.sources.own: ", "expected cfbi_jax.config.source(...)"]),
         (no_shared_memory, ["/dev/shm (shared memory)", "1000000 worker", "--config.workers=0"]),
         (list_in_utf16, ["train.txt", "expected a list in UTF-8"]),
         (no_gradient, ["config.max_gradient_norm is 0.0; expected more than 0"]),
         (endless_momentum, ["config.momentum is 1.0; expected 0 or more, below 1"]),
-        (no_objects, ["none of the first 4 clips shows an object", "expected masks with"]),
+        (no_objects, ["none of 4 clips shows an object", "expected masks with"]),
         (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
         (crop_size, ["crop_size = 32; expected 16 n + 1"]),
         (unknown_optimizer, ['config.optimizer is "sdg"; expected one of', "adam"]),
@@ -352,6 +377,23 @@ def test_bad_input_is_found_before_the_first_step(
         assert message in text
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("spoil", [no_weights, nothing_to_evaluate, no_scales])
+def test_what_is_soon_seen_is_looked_at_before_the_videos_are_copied(
+    from_davis, tmp_path, monkeypatch, spoil
+):
+    config, root = from_davis
+    spoil(config, root)
+    assert error_of(config, tmp_path / "out", monkeypatch)
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_source_by_hand_has_defaults(from_davis, tmp_path):
+    config, root = from_davis
+    config.sources.davis = {"root": str(root), "weight": 3}
+    clips = preparation.prepare(config, tmp_path / "out").clips
+    assert clips.epoch_length == 3 * len(clips.sources[0])
 
 
 def test_a_batch_that_does_not_divide_by_the_devices(config, tmp_path, monkeypatch):

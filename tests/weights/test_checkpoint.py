@@ -113,6 +113,9 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"x\.pth is a file.*convert_weights"):
         cfbi_jax.load_checkpoint(tmp_path / "x.pth")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "run" / "checkpoints" / "500").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run is no checkpoint.*\(or .*run/checkpoints/500\?\)"):
+        cfbi_jax.load_checkpoint(tmp_path / "run")
     (tmp_path / "folder" / "weights.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"folder is no checkpoint.*weights\.bin"):
         cfbi_jax.load_checkpoint(tmp_path / "folder")
