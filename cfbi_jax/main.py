@@ -101,9 +101,12 @@ def _log_to_screen() -> None:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """absl's parser; what ml_collections makes of a field that there is not becomes one line."""
+    """absl's parser; what ml_collections makes of a field or file that there is not becomes one
+    line."""
     try:
         return app.parse_flags_with_usage(arguments)
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if any(frame.name == "get_config" for frame in frames):  # a mistake in the file itself
@@ -113,6 +116,9 @@ def _parse(arguments: list[str]) -> list[str]:
             said = said.args[0]
         given = " ".join(x for x in arguments if x.startswith("--config."))
         said = " ".join(str(said).split())
+        if "no attribute 'get_config'" in said:
+            file = next((x for x in arguments if x.startswith("--config=")), "--config")
+            sys.exit(f"error: {file}: no get_config() in it; expected one: see configs/davis.py")
         sys.exit(f"error: {said}: no field of the configuration that {given} could set")
 
 

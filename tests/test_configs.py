@@ -151,6 +151,11 @@ def test_home_folders_are_found_after_an_equals_sign():
             r"""error: 'max_gapp' Did you mean "max_gap" .* no field .*--config.clips.max_gapp=3""",
         ),
         (["--config=configs/nothing.py"], r"error: .*failure to load.*\s+configs/nothing\.py"),
+        (
+            ["--config=configs/nothing.py", "--config.seed=3"],
+            r"error: .*failure to load.*\s+configs/nothing\.py",
+        ),
+        (["--config=configs/__init__.py", "--config.seed=3"], r"error: --config=configs/__init__"),
     ],
 )
 def test_the_command_refuses_what_there_is_not(tmp_path, arguments, message):
