@@ -243,16 +243,27 @@ def test_local_matching(seed, shape):
     np.testing.assert_allclose(found[0], expected, atol=2e-6)
 
 
-def test_local_matching_over_several_strips(monkeypatch):
-    monkeypatch.setattr(matching, "STRIP", 4)
-    query, reference, label, bias = random_case(2, 6, 11, 3, 3)
+@pytest.mark.parametrize(
+    "strip, size, rows, windows, rate",
+    [
+        (4, (6, 11), 3, (3, 1), 1),  # the last strip is shorter
+        (3, (4, 9), 1, (2, 1), 2),
+        (5, (2, 5), 3, (4, 2), 2),  # one strip, narrower than the windows
+        (2, (1, 7), 4, (5,), 1),  # windows over several strips
+        (1, (3, 4), 2, (1,), 1),
+    ],
+)
+def test_local_matching_over_several_strips(monkeypatch, strip, size, rows, windows, rate):
+    monkeypatch.setattr(matching, "STRIP", strip)
+    query, reference, label, bias = random_case(2, *size, 3, rows)
     found = matching.local_matching(  # not the jitted one: the strip is read when it is traced
         *f32(query, reference[0], label[0]),
         jnp.asarray(bias, jnp.float32),
-        (3, 1),
+        windows,
         downsample=False,
+        atrous_rate=rate,
     )
-    expected = slow_local(query, reference[0], label[0], bias, (3, 1))
+    expected = slow_local(query, reference[0], label[0], bias, windows, rate)
     np.testing.assert_allclose(found[0], expected, atol=2e-6)
 
 
