@@ -52,11 +52,14 @@ def test_depthwise_convolution(stride, dilation, padding):
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize(
     "size, stride, depthwise", [(1, 1, False), (1, 2, False), (3, 1, False), (3, 2, True)]
 )
-def test_scaled_convolution(size, stride, depthwise):
-    """And its gradients: with every image's own factors, that of the scaled images."""
+def test_scaled_convolution(size, stride, depthwise, platform, monkeypatch):
+    """And its gradients: with every image's own factors, that of the scaled images. As on CPUs and
+    as elsewhere."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **forms: forms[platform](*x))
     x, scale = random(3, 9, 10, 4), random(3, 1, 1, 4, seed=1)
     kernel = random(size, size, 1 if depthwise else 4, 4, seed=2)
 
