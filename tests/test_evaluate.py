@@ -1,6 +1,7 @@
 """The evaluation command from folders to PNGs, tables and zip, with a small random network."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -368,6 +369,50 @@ def test_a_lost_mask_or_record_is_made_again(config, tmp_path):
     (out / "segmented" / "synthetic-0000.json").write_bytes(b"")
     run(config, out)
     assert (out / "submission.zip").read_bytes() == before
+    evaluation = evaluate.prepare(config, out)
+    for content in (b"{}", b"[]", b"\xff"):
+        assert dataset.unfinished(evaluation.videos, out) == []
+        record = out / "segmented" / "synthetic-0000.json"
+        whole = record.read_bytes()
+        record.write_bytes(content)
+        assert dataset.unfinished(evaluation.videos, out) == ["synthetic-0000"]
+        record.write_bytes(whole)
+
+
+def test_what_a_video_is_known_by(davis):
+    """Masks of another one are not taken for its own."""
+    video, other = evaluation_videos(davis)
+    known = dataset.identity(video)
+    assert dataset.identity(video) == known != dataset.identity(other)
+    for changes in (
+        dict(save=video.save[1:]),
+        dict(reading="binary"),
+        dict(starts={1: 0}),
+        dict(frames=video.frames[1:]),
+        dict(given={1: video.given[0]}),
+        dict(given={0: other.given[0]}),
+    ):
+        assert dataset.identity(dataclasses.replace(video, **changes)) != known
+    with open(video.frames[1], "ab") as file:
+        file.write(b"\0")
+    assert dataset.identity(video) != known
+
+
+def test_all_frames_are_segmented_and_the_listed_ones_kept(config, davis, tmp_path):
+    root, out = tmp_path / "YTVOS", tmp_path / "out"
+    youtube_vos(root, davis, {"synthetic-0000": {1: 0}})
+    shutil.copytree(root / "valid" / "JPEGImages", root / "valid_all_frames" / "JPEGImages")
+    meta = json.loads((root / "valid/meta.json").read_text())
+    meta["videos"]["synthetic-0000"]["objects"]["1"]["frames"] = ["00000", "00003"]
+    (root / "valid/meta.json").write_text(json.dumps(meta))
+    config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "valid"
+    config.data.all_frames = config.overlays = True
+    run(config, out)
+    assert [path.stem for path in masks_of(out / "Annotations")] == ["00000", "00003"]
+    record = json.loads((out / "segmented/synthetic-0000.json").read_text())
+    assert record["frames"] == FRAMES
+    assert check_submission(out / "submission.zip", root, "youtube_vos", "valid") == []
+    assert Image.open(out / "overlays/synthetic-0000.png").width == 2 * SIZE[1]
 
 
 def test_some_videos_are_no_submission(config, tmp_path):

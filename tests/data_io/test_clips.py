@@ -323,6 +323,37 @@ def test_frames_labels_and_masks_stay_together():
     assert checked > 15 and seen == {0, 1, 2}
 
 
+def test_frames_are_scaled_at_random(monkeypatch):
+    edges, choose = [], augment.choose_view
+
+    def choose_view(reference, rng, *, short_edge, **options):
+        edges.append(short_edge)
+        return choose(reference, rng, short_edge=short_edge, **options)
+
+    monkeypatch.setattr(augment, "choose_view", choose_view)
+    draw(FakeVideo(with_object(5)), 300, short_edge=40, min_scale=1.25, max_scale=2.0)
+    assert set(edges) == set(range(50, 81))
+    counts = np.histogram(edges, 3, (49.5, 80.5))[0]
+    assert counts.min() > 70  # of 100 on average
+
+
+def test_masks_of_different_sizes():
+    class Growing(FakeVideo):
+        def mask(self, t):
+            return np.ones((33 + 33 * (t == 3), 33), np.uint8)
+
+    with pytest.raises(ValueError, match=r"fake: frame \d has size .* and its mask \((33|66), 33"):
+        draw(Growing(with_object(4)), 20)
+
+
+def test_small_objects_that_the_reference_lacks_are_drawn_again_too():
+    """Frame 0 lacks an object of ten pixels, which is too small to be one of the clip's."""
+    masks = with_object(30)
+    masks[1:, 25, :10] = 2
+    references = [times[0] for times in choose(FakeVideo(masks), 200)]
+    assert 0 not in references
+
+
 def test_frames_of_another_size_than_masks():
     class Larger(FakeVideo):
         def frame(self, t):

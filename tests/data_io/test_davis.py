@@ -92,6 +92,45 @@ def test_first_annotations_only_as_in_test_dev(root):
     assert video.save == (0, 1, 2, 3)
 
 
+def test_two_annotations_of_four_are_a_copy_that_went_wrong(root):
+    for i in (2, 3):
+        mask_file(root, i).unlink()
+    with pytest.raises(FileNotFoundError, match=r"00002\.png: no such file; 2 of 4 annotations"):
+        davis.evaluation_videos(root, sequences=["bear"])
+
+
+def test_what_a_mac_leaves_beside_masks_is_none(root):
+    shutil.copy(mask_file(root, 0), mask_file(root, 0).with_name("._00000.png"))
+    (video,) = davis.evaluation_videos(root, sequences=["bear"])
+    assert list(video.truth.values()) == [mask_file(root, i) for i in range(4)]
+
+
+def test_a_list_with_a_name_twice(root):
+    (root / "ImageSets/2017/val.txt").write_text("bear\ndogs-jump\nbear\n")
+    with pytest.raises(ValueError, match=r"val\.txt: more than once in the list: bear"):
+        davis.evaluation_videos(root)
+
+
+def test_the_finest_resolution_is_there_for_all_or_it_is_none(root):
+    names, full = ["bear", "dogs-jump"], "Full-Resolution"
+    for kind in ("JPEGImages", "Annotations"):
+        for name in names:
+            assert davis.finest_resolution(root, names) == "480p"
+            shutil.copytree(root / kind / "480p" / name, root / kind / full / name)
+    assert davis.finest_resolution(root, names) == full
+
+
+def test_the_missing_frame_of_many_is_named(root):
+    for i in range(4, 9):
+        save_frame(frame_file(root, i))
+        save_mask(mask_file(root, i), 1, 2)
+    frame_file(root, 5).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"00005\.jpg: no such frame, but there are 4 and 6"
+    ):
+        davis.evaluation_videos(root, sequences=["bear"])
+
+
 def test_numbers_of_frames_may_start_and_step_anyhow(root):
     for i in (3, 2, 1, 0):
         frame_file(root, i).rename(frame_file(root, 10 + 5 * i))

@@ -96,6 +96,36 @@ def test_place_and_mirror():
     assert 8 < sum(mirrored) < 32
 
 
+def test_every_time_and_both_sides():
+    """The object is at the drawn place in the frame that the pasted video starts with."""
+    moving = Drawn("moving", [box(1, 5 + 6 * t, 4 + 9 * t) for t in range(8)], green=200)
+    starts, behind = set(), 0
+    for seed in range(60):
+        made = pasted._random_paste(COW, moving, np.random.default_rng(seed))
+        starts.add(made.start)
+        behind += made.behind
+        x, y = made.matrix @ [7.5 + 9 * made.start, 9.5 + 6 * made.start, 1] / [90, 60]
+        assert 0.1 <= x <= 0.9 and 0.1 <= y <= 0.9
+    assert starts == set(range(8)) and 15 < behind < 45
+
+
+def test_sizes_are_those_of_the_video_that_it_goes_into():
+    large = Drawn("large", [box(1, 10, 8, size=(120, 180))], green=200)
+    for other, low, high in ((COW, 0.6, 1.1), (large, 0.3, 0.55)):
+        scales = [
+            pasted._random_paste(COW, other, np.random.default_rng(seed)).matrix[1, 1]
+            for seed in range(60)
+        ]
+        assert low <= min(scales) < low + 0.1 and high - 0.1 < max(scales) <= high
+
+
+def test_a_video_that_starts_without_its_object():
+    late = Drawn("late", [box(1, 5, 4) * 0, box(1, 5, 4)], green=200)
+    made = [pasted._random_paste(COW, late, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(np.isfinite(one.matrix).all() for one in made)
+    assert sum((one.mask(1 - one.start) == 128).any() for one in made) > 10  # some are outside
+
+
 def test_share_and_doubles():
     videos = Videos(COW, DOGS)
     for share, expected in ((0.0, 0), (1.0, 400), (0.5, 200)):
@@ -127,6 +157,9 @@ def test_errors():
     for share in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"paste = {share}; expected a share from 0 to 1"):
             pasted.PastedVideos(Videos(COW), share)
+    highest = Drawn("highest", [box(127, 5, 4)], green=0)
+    made = pasted._PastedVideo(COW, highest, 0, np.eye(2, 3), behind=False)
+    assert set(np.unique(made.mask(0))) == {0, 1, 254}
     high = Drawn("high", [box(128, 5, 4)], green=0)
     for video, other in ((COW, high), (high, COW)):
         made = pasted._PastedVideo(video, other, 0, np.eye(2, 3), behind=False)

@@ -1,6 +1,8 @@
 """The local YouTube-VOS scorer: objects that start late, ids with gaps, groups of categories."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -80,6 +82,20 @@ def test_seen_and_unseen(late_object, caplog):
     (warning,) = caplog.messages
     assert "meta.json has the category zebbra" in warning
 
+    # Every group counts the same, however many objects it has.
+    meta = root / "held_out" / "meta.json"
+    plain = meta.read_text()
+    objects = json.loads(plain)["videos"]["v"]["objects"]
+    others = {i: {**one, "category": "zebra"} for i, one in objects.items()}
+    more = {"v": {"objects": objects}, "w": {"objects": others}}
+    meta.write_text(json.dumps({"videos": more}))
+    for source, name in ((root / "held_out" / "Annotations", "w"), (results, "w")):
+        shutil.copytree(source / "v", source / name)
+    scores = score_youtube_vos(root, results, "held_out", seen_categories=["dog"])
+    assert [g.num_objects for g in scores.groups] == [1, 3]
+    assert scores.overall == pytest.approx(np.mean([dog, (dog + 2 * zebra) / 3]))
+    meta.write_text(plain)
+
     # Nothing says which categories were seen.
     scores = score_youtube_vos(root, results, "held_out")
     assert [(g.name, g.num_objects) for g in scores.groups] == [("all", 2)]
@@ -97,6 +113,8 @@ def test_seen_categories_of_the_training_set(late_object, write_youtube_vos):
     meta.write_text(meta.read_text().replace('"dog"', "null"))
     scores = score_youtube_vos(root, results, "held_out")
     assert scores.categories == ("", "zebra") and [g.name for g in scores.groups] == ["all"]
+    with pytest.raises(ValueError, match="meta.json: an object has no category; expected one"):
+        score_youtube_vos(root, results, "held_out", seen_categories=["zebra"])
 
 
 def test_tables(late_object, tmp_path):
@@ -105,7 +123,10 @@ def test_tables(late_object, tmp_path):
     paths = report.write_tables(scores, tmp_path, "held_out")
     header, values = paths[0].read_text().splitlines()
     assert header == "Overall,J-Seen,J-Unseen,F-Seen,F-Unseen"
-    assert values.split(",")[0] == f"{scores.overall:.3f}"
+    seen, unseen = scores.groups
+    expected = [scores.overall, seen.region, unseen.region, seen.boundary, unseen.boundary]
+    assert values.split(",") == [f"{value:.3f}" for value in expected]
+    assert len(set(expected[1:])) == 4
     assert paths[1].read_text().splitlines()[2].startswith("v,5,zebra,2,")
     screen = Console(file=io.StringIO(), width=100)
     report.show(scores, "held_out", screen)

@@ -279,25 +279,6 @@ def test_options_from_checkpoint(tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(scales=()), "scales"),
-        (dict(scales=0), "scales is 0; expected"),
-        (dict(scales=(1.0, -1.0)), "scales"),
-        (dict(scales=(float("nan"),)), "scales"),
-        (dict(max_objects=255), "max_objects is 255; expected at most 254"),
-        (dict(global_atrous_rate=0), "global_atrous_rate is 0"),
-        (dict(compute_dtype="float8"), 'compute_dtype is "float8"'),
-        (dict(max_objects=0), "max_objects is 0"),
-        (dict(max_references=0), "max_references is 0"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        Options(**options)
-
-
 def test_bad_masks_are_refused_before_the_first_frame(segmenter):
     frames = random_video(2)
 

@@ -35,6 +35,7 @@ def test_a_part_of_one_object_becomes_another_row():
     changed = (found != label).any(axis=(1, 2))
     assert abs(changed.mean() - 0.5) < 0.05
     kinds, whole = {}, 0
+    quadrants, least = np.zeros((2, 2), int), 1.0
     for wrong in found[changed]:
         places = wrong != label
         (before,), (after,) = set(label[places]), set(wrong[places])
@@ -46,12 +47,16 @@ def test_a_part_of_one_object_becomes_another_row():
             y, x = np.nonzero(label == before)
             side = places[y, x]
             angles = np.linspace(0, 2 * np.pi, 720)
+            least = min(least, side.mean())
+            quadrants[int(y[side].mean() > y.mean()), int(x[side].mean() > x.mean())] += 1
             along = np.outer(np.cos(angles), x) + np.outer(np.sin(angles), y)
             assert (along[:, side].max(axis=1) < along[:, ~side].min(axis=1)).any()
     # Both objects, each to the background and to the other one, equally often.
     assert set(kinds) == {(1, 0), (1, 2), (2, 0), (2, 1)}
     assert min(kinds.values()) > 0.8 * changed.sum() / 4
     assert abs(whole / changed.sum() - 1 / 3) < 0.05
+    # From every direction, and parts of every size.
+    assert quadrants.min() > 0.15 * quadrants.sum() and least < 0.15
 
 
 def test_what_there_is_no_object_of_stays():

@@ -41,7 +41,7 @@ def test_learning_rate_without_minimum_or_warm_up():
     assert float(learning_rate(0.02, 10, 0, 0.0)(0)) == pytest.approx(0.02)
 
 
-DECAY, MOMENTUM, LIMIT = 0.05, 0.9, 5.0
+DECAY, MOMENTUM, LIMIT = 0.05, 0.8, 5.0
 RATE = learning_rate(0.3, 6, 2, 0.01)
 SHAPES = {"kernel": (3, 4), "bias": (4,), "scalar": ()}
 

@@ -112,6 +112,35 @@ def test_still_videos_leave_the_embedding_as_it_is(start, pairs):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.variables))
 
 
+def test_a_channel_without_life_is_not_blown_up(start, pairs):
+    """Its variance counts as a hundredth of the others' mean."""
+    variables = jax.tree.map(np.array, start.variables)
+    kernel = variables["params"]["deeplab"]["aspp"]["aspp1"]["conv"]["kernel"]
+    kernel[..., 0] = 0
+    kernel[..., 1] *= 1e-3
+    found = calibrated(dataclasses.replace(start, variables=variables), pairs)
+    plain = norms(calibrated(start, pairs).variables["frozen"])
+    (path,) = (p for p in plain if "aspp1" in p)
+    variance = np.asarray(norms(found.variables["frozen"])[path]["var"])
+    live = np.asarray(plain[path]["var"])[2:].sum() / len(variance)  # the first two have none
+    np.testing.assert_allclose(variance[:2], live / 100, rtol=1e-3)
+
+
+def test_norms_that_a_file_gave_anything_stay(start, pairs):
+    variables = jax.tree.map(np.array, start.variables)
+    before = norms(variables["frozen"])
+    given = [path for path in before if "backbone" not in path][:4]
+    for path, name in zip(given, ("mean", "bias", "var", "scale"), strict=True):
+        before[path][name][0] += 0.5
+    kept = {path: {k: v.copy() for k, v in before[path].items()} for path in given}
+    after = norms(
+        calibrated(dataclasses.replace(start, variables=variables), pairs).variables["frozen"]
+    )
+    for path, values in kept.items():
+        for name, value in values.items():
+            np.testing.assert_array_equal(after[path][name], value)
+
+
 def test_a_whole_network_stays(pairs):
     whole = Checkpoint(MODEL, random_variables(MODEL, seed=2), IMAGENET_FORMAT)
     assert calibrated(whole, pairs) is whole
