@@ -122,9 +122,13 @@ def test_davis_2016_is_one_object(config, davis, tmp_path):
     (lists / "2016").mkdir()
     (lists / "2016" / "val.txt").write_text("synthetic-0000\n")
     for path in (davis / "Annotations/480p/synthetic-0000").iterdir():
-        Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+        image = Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) * 255)
+        image.putpalette(bytes(255 * 3) + b"\xff\xff\xff")  # of which 1 would be black
+        image.save(path)
     config.data.year = 2016
     run(config, tmp_path / "out")
+    written = Image.open(tmp_path / "out" / "Annotations" / "synthetic-0000" / "00000.png")
+    assert written.getpalette()[3:6] == [128, 0, 0]
     found = masks_of(tmp_path / "out" / "Annotations")
     assert set(np.unique(np.stack(list(found.values())))) <= {0, 1}
     lines = (tmp_path / "out" / "per-sequence_results-val.csv").read_text().splitlines()

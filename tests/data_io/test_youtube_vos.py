@@ -91,6 +91,37 @@ def test_all_frames_run_from_the_first_listed_to_the_last(root):
     assert videos.check_videos([first, video]) == {"a": (1,), "b": (2, 4)}
 
 
+def test_frames_are_in_the_order_of_their_numbers(root):
+    """99995 before 100000; and of other files in the folders nothing is taken."""
+    frames = ["99990", "99995", "100000"]
+    objects = {"1": {"frames": frames[::-1]}, "255": {"frames": ["100000", "99995"]}}
+    write_meta(root, {"c": {"objects": objects}})
+    for split in ("valid", "valid_all_frames"):
+        folder = root / split / "JPEGImages" / "c"
+        for stem in frames:
+            save_frame(folder / f"{stem}.jpg")
+        for name in ("._99995.jpg", "preview.jpg", "99996.txt"):
+            (folder / name).write_bytes(b"")
+    save_mask(root / "valid/Annotations/c/99990.png", 1)
+    save_mask(root / "valid/Annotations/c/99995.png", 1, 255)
+    for all_frames in (False, True):
+        (video,) = youtube_vos.evaluation_videos(root, all_frames=all_frames)
+        assert [path.stem for path in video.frames] == frames
+        assert video.save == (0, 1, 2) and video.starts == {1: 0, 255: 1}
+
+
+def test_only_the_split_train_is_annotated_whole(root):
+    (root / "train").rename(root / "train_some")
+    (_, video) = youtube_vos.evaluation_videos(root, "train_some")
+    assert video.truth == {}
+
+
+def test_a_meta_file_with_a_mark_of_its_order_of_bytes(root):
+    path = root / "valid" / "meta.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(youtube_vos.read_meta(root, "valid")) == ["a", "b"]
+
+
 def test_held_out_training_videos_have_the_truth(root):
     (video,) = youtube_vos.evaluation_videos(root, "train", videos=["b"])
     assert sorted(video.given) == [0, 2]
@@ -124,7 +155,9 @@ def test_missing_files(root):
         youtube_vos.evaluation_videos(root)
 
 
-@pytest.mark.parametrize("content", ["{", '{"videos": []}', "[]", '{"videos": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "content", ["{", '{"videos": []}', "[]", '{"videos": {"a": {}}}', 100_000 * "["]
+)
 def test_damaged_meta(root, content):
     (root / "valid" / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=r"valid/meta\.json"):

@@ -1,6 +1,7 @@
 """Scores of whole DAVIS folders: what counts, what is refused, and the tables."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -140,7 +141,18 @@ def test_tables_byte_for_byte(two_squares, tmp_path):
     screen = Console(file=io.StringIO(), width=100)
     report.show(scores, "val", screen)
     shown = screen.file.getvalue()
-    assert "0.571" in shown and "a_1" in shown and "0.786" in shown
+    assert "0.571" in shown and "0.786" in shown
+    (row,) = (line for line in shown.splitlines() if "a_1" in line)
+    assert re.findall(r"\d\.\d+", row) == ["0.500", "0.000", "0.000", "0.786", "1.000", "0.000"]
+
+
+def test_brackets_in_names_are_shown(tmp_path, write_davis, write_results):
+    masks = np.ones((3, 8, 8), np.uint8)
+    root = write_davis(tmp_path / "DAVIS", {"a[b]": masks})
+    results = write_results(tmp_path / "results", {"a[b]": masks})
+    screen = Console(file=io.StringIO(), width=100)
+    report.show(score_davis(root, results), "val", screen)
+    assert "a[b]_1" in screen.file.getvalue()
 
 
 def test_too_high_id_is_an_error(two_squares):

@@ -1,6 +1,7 @@
 """Memory: chunks change nothing but rounding, plans say what programs need, errors what helps."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,9 @@ def test_choice_of_chunks():
     assert choose_chunks(int(4.5 * row), **small).rows_at_once == 3  # 4 fit: two groups of 3
     assert choose_chunks(int(2.5 * row), **small).rows_at_once == 2
     assert choose_chunks(0, **small) == Chunks(1, 8)
+    # However much there is, lines of the output take a bounded part of it.
+    lines = choose_chunks(2**40, 1.0, 21, (2160, 3840)).lines_at_once
+    assert 64 * 2**20 < lines * 4 * memory.LINE_COPIES * 21 * 3840 <= 256 * 2**20
     lines = choose_chunks(20 * 4 * 6 * 6 * 64, **small).lines_at_once
     assert lines == 16  # 20 fit: three groups
 
@@ -251,3 +255,13 @@ def test_plan_is_immutable_and_sizes_are_of_shapes():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.parts = {}
     assert tree_bytes([jax.ShapeDtypeStruct((2, 3), np.int16), np.zeros(5, np.uint8)]) == 17
+
+
+@pytest.mark.parametrize(
+    ("stats", "expected"),
+    [({"bytes_limit": 10 * 2**30}, 8 * 2**30), ({}, 2**30), (None, 2**30)],
+)
+def test_the_default_budget_is_a_part_of_the_device(stats, expected):
+    device = mock.Mock(spec=jax.Device)
+    device.memory_stats.return_value = stats
+    assert memory.default_budget(device) == expected
