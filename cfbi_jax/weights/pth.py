@@ -62,7 +62,10 @@ def read_pth(path: str | Path) -> dict[str, np.ndarray]:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{path} is damaged or no .pth file: {reason}") from error
     if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is another one")
+        raise ValueError(
+            f"{path} is damaged: the checksum of {damaged} in it is another one (or there is none: "
+            "torch.serialization.set_crc32_options)"
+        )
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not state:
         found = f"a {type(content).__name__}{' without weights' if state is not None else ''}"
