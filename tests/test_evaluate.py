@@ -1,7 +1,6 @@
 """The evaluation command from folders to PNGs, tables and zip, with a small random network."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -381,25 +380,6 @@ def test_a_lost_mask_or_record_is_made_again(config, tmp_path):
         record.write_bytes(content)
         assert dataset.unfinished(evaluation.videos, out) == ["synthetic-0000"]
         record.write_bytes(whole)
-
-
-def test_what_a_video_is_known_by(davis):
-    """Masks of another one are not taken for its own."""
-    video, other = evaluation_videos(davis)
-    known = dataset.identity(video)
-    assert dataset.identity(video) == known != dataset.identity(other)
-    for changes in (
-        dict(save=video.save[1:]),
-        dict(reading="binary"),
-        dict(starts={1: 0}),
-        dict(frames=video.frames[1:]),
-        dict(given={1: video.given[0]}),
-        dict(given={0: other.given[0]}),
-    ):
-        assert dataset.identity(dataclasses.replace(video, **changes)) != known
-    with open(video.frames[1], "ab") as file:
-        file.write(b"\0")
-    assert dataset.identity(video) != known
 
 
 def test_all_frames_are_segmented_and_the_listed_ones_kept(config, davis, tmp_path):

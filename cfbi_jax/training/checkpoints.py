@@ -289,7 +289,7 @@ def mend_best(workdir: Path) -> None:
 
 
 def forget_best(workdir: Path) -> None:
-    """Removes what another run left: no weights of a new one are there before its checkpoint."""
+    """Removes what another run left: a run has a checkpoint before it has best weights."""
     for name in ("best", "best.new", "best.old"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
