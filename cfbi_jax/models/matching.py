@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from cfbi_jax.compilation import on_cpu
 from cfbi_jax.models.matching_kernel import blocks_here, nearest_in_tiles
@@ -36,8 +36,10 @@ NOBODY = 255  # label of pixels that match nothing
 # `matching_kernel` takes their place.
 QUERY_CHUNK, REFERENCE_TILE = 2048, 512
 LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE = 16_384, 2048
-# Width of the strips in which local matching correlates rows of pixels.
-STRIP = 64
+# Local matching: greatest width of the strips in which it correlates rows of pixels, and how many
+# numbers the rows that it computes at a time may take (at least one row). The same holds.
+STRIP, ROW_NUMBERS = 36, 2**22
+LARGE_STRIP, LARGE_ROW_NUMBERS = 128, 2**24
 
 
 def biased_distance(
@@ -177,25 +179,38 @@ def _nearest_forward(query, reference, label, num_rows):
 
 
 def _nearest_backward(num_rows, residuals, gradient):
-    """d|p - q|^2 = 2 (p - q) d(p - q), one row after the other to bound the memory."""
     query, reference, label, index = residuals
+    gradients = _pull_together(query, reference, index, gradient)
+    return *gradients, np.zeros(label.shape, jax.dtypes.float0)
+
+
+nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
+
+
+def _pull_together(
+    query: Float[Array, "q c"],
+    reference: Float[Array, "p c"],
+    index: Int[Array, "q n"],
+    gradient: Float[Array, "q n"],
+) -> tuple[Float[Array, "q c"], Float[Array, "p c"]]:
+    """Gradients of the squared distances to the pixels at `index`; there is none where it is < 0.
+
+    d|p - q|^2 = 2 (p - q) d(p - q), one column after the other to bound the memory.
+    """
     # Thousands of query pixels may add to one reference pixel: half precision would stop growing.
     dtype = query.dtype
     query, reference, gradient = (x.astype(jnp.float32) for x in (query, reference, gradient))
     weight = 2 * jnp.where(index < 0, 0, gradient)
 
-    def one_row(carry, row):
+    def one_column(carry, column):
         query_gradient, reference_gradient = carry
-        index, weight = row
+        index, weight = column
         pull = weight[:, None] * (query - reference[index])
         return (query_gradient + pull, reference_gradient.at[index].add(-pull)), None
 
     start = (jnp.zeros_like(query), jnp.zeros_like(reference))
-    gradients, _ = jax.lax.scan(one_row, start, (index.T, weight.T))
-    return *(x.astype(dtype) for x in gradients), np.zeros(label.shape, jax.dtypes.float0)
-
-
-nearest_squared_distance.defvjp(_nearest_forward, _nearest_backward)
+    gradients, _ = jax.lax.scan(one_column, start, (index.T, weight.T))
+    return tuple(x.astype(dtype) for x in gradients)
 
 
 def _by_kernel(query, reference, label, num_rows, blocks, with_index):
@@ -236,19 +251,32 @@ def _over_tiles(one_tile: Callable, start: Any, tiles: "_Tiles", used: Int[Array
 
 def _tile_distances(query: Float[Array, "chunk c"]) -> tuple[Callable, Float[Array, " chunk"]]:
     """Tile of doubled pixels -> squared distances [chunk, n], infinite where the tile is padding,
-    but for what is the same for all pixels; and that, to be added to the least of them.
-
-    That is |q|^2 in float32. Half precision has the released network's sums in their order.
-    """
+    but for `_rest`; and that, to be added to the least of them."""
     query_norm = _squared_norm(query)
 
     def distances(tile: "_Tiles"):
-        product = _rounded(jnp.einsum("qc,pc->qp", query, tile.pixels))
-        if query.dtype == jnp.float32:
-            return tile.norms + product
-        return _rounded(query_norm[:, None] + tile.norms) + product
+        product = jnp.einsum("qc,pc->qp", query, tile.pixels)
+        return _distances_but_for_rest(product, query_norm[:, None], tile.norms)
 
-    return distances, query_norm if query.dtype == jnp.float32 else jnp.zeros_like(query_norm)
+    return distances, _rest(query_norm)
+
+
+def _distances_but_for_rest(
+    product: Float[Array, "*shape"], query_norm: Float[Array, "..."], norm: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+    """Squared distances from products of queries with doubled pixels, but for `_rest`.
+
+    That is the same for all pixels and is added to the least of them: the query's norm in float32.
+    Half precision has the released network's sums in their order.
+    """
+    product = _rounded(product)
+    if product.dtype == jnp.float32:
+        return norm + product
+    return _rounded(query_norm + norm) + product
+
+
+def _rest(query_norm: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return query_norm if query_norm.dtype == jnp.float32 else jnp.zeros_like(query_norm)
 
 
 def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):
@@ -339,6 +367,7 @@ def local_matching(
     return distance.reshape(batch, height, width, num_rows, len(windows))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def windowed_squared_distance(
     query: Float[Array, "h w c"],
     previous: Float[Array, "h w c"],
@@ -349,61 +378,138 @@ def windowed_squared_distance(
 ) -> Float[Array, "h w windows rows"]:
     """Minimum squared distance within every window, per row; `FAR` where there is no pixel.
 
-    One vertical offset at a time: matrix products give the distances of a strip of a query row to
-    the strip `reach` wider of a previous row, and the band of horizontal offsets is read off them.
-    Windows are nested, so every distance enters one ring and the rings accumulate.
+    A matrix product gives the distances of a strip of a query row to the strip `reach` wider of
+    every previous row that it meets. Their minima over vertical offsets come first, window after
+    window, as these are nested; then the band of horizontal offsets is read off the minima.
+
+    As in `nearest_squared_distance`, the gradient flows to the nearest pixel alone; of pixels at
+    the same distance one gets it.
     """
+    return _nearest_in_windows(query, previous, label, num_rows, windows, atrous_rate, False)[0]
+
+
+def _windowed_forward(query, previous, label, num_rows, windows, atrous_rate):
+    arguments = query, previous, label
+    nearest, index = _nearest_in_windows(*arguments, num_rows, windows, atrous_rate, True)
+    return nearest, (*arguments, index)
+
+
+def _windowed_backward(num_rows, windows, atrous_rate, residuals, gradient):
+    query, previous, label, index = residuals
+    height, width, channels = query.shape
+    flat = (x.reshape(height * width, -1) for x in (query, previous, index, gradient))
+    gradients = (x.reshape(query.shape) for x in _pull_together(*flat))
+    return *gradients, np.zeros(label.shape, jax.dtypes.float0)
+
+
+windowed_squared_distance.defvjp(_windowed_forward, _windowed_backward)
+
+
+def _nearest_in_windows(
+    query, previous, label, num_rows, windows, atrous_rate, with_index
+) -> tuple[Float[Array, "h w windows rows"], Int[Array, "h w windows rows"] | None]:
+    """The distances; and of which pixel of the flattened previous frame, or -1, if asked for."""
     height, width, channels = query.shape
     reach = max(windows) // atrous_rate * atrous_rate
     offsets = np.arange(-reach, reach + 1, atrous_rate)
-    ascending = sorted(windows)
 
-    strip = min(STRIP, width)
-    num_strips = -(-width // strip)
+    greatest, numbers = _strip_sizes()
+    num_strips = -(-width // greatest)
+    strip = -(-width // num_strips)
     right = num_strips * strip - width
-    query = jnp.pad(query, ((0, 0), (0, right), (0, 0)))
-    query_norm = _squared_norm(query).reshape(height, num_strips, strip, 1)
-    query = query.reshape(height, num_strips, strip, channels)
+    # columns[s, v]: the previous frame's column v of strip s, counted from its left margin
+    columns = np.arange(num_strips)[:, None] * strip + np.arange(strip + 2 * reach)
+    # rows[i]: those of the i-th block; the last one may go through the last row again
+    numbers_of_row = columns.size * offsets.size * (strip + channels)
+    num_blocks = -(-height // max(1, numbers // numbers_of_row))
+    rows = np.arange(num_blocks * -(-height // num_blocks)).reshape(num_blocks, -1)
+    rows = np.minimum(rows, height - 1)
 
-    margin = ((reach, reach), (reach, reach + right))
-    label = jnp.pad(label, margin, constant_values=NOBODY)
-    norm = jnp.pad(_squared_norm(previous), margin)
-    previous = jnp.pad(previous, (*margin, (0, 0)))
-    # columns[s, v]: the previous frame's column v of strip s, counted from its left margin;
-    # band[s, x, i]: the column that query x of strip s meets at the i-th horizontal offset
-    start = np.arange(num_strips) * strip
-    columns = start[:, None] + np.arange(strip + 2 * reach)
-    band = start[:, None, None] + np.arange(strip)[:, None] + (offsets + reach)
+    def cut_query(x):
+        x = jnp.pad(x, ((0, 0), (0, right), (0, 0)))
+        return x.reshape(height, num_strips, strip, -1)[rows]  # [i, j, s, x, c]
 
-    def one_offset(nearest, dy):
-        def row_at(x):
-            return jax.lax.dynamic_slice_in_dim(x, dy + reach, height)
+    def cut_previous(x, fill=0):
+        margin = ((reach, reach), (reach, reach + right), (0, 0))
+        x = jnp.pad(x, margin, constant_values=fill)[:, columns]
+        return jax.lax.optimization_barrier(x.transpose(1, 3, 0, 2))  # [s, c, y, v]
 
-        product = _rounded(jnp.einsum("yscd,ysvd->yscv", query, row_at(previous)[:, columns]))
-        product = _diagonals(product, strip)[..., ::atrous_rate]
-        squared = _rounded(query_norm + row_at(norm)[:, band]) - 2 * product
-        band_label = row_at(label)[:, band]
-        rows = jnp.arange(num_rows, dtype=label.dtype)
-        mine = band_label[..., None, :] == rows[:, None]
-        squared = jnp.where(mine, squared[..., None, :], FAR)  # [h, s, strip, rows, offsets]
-        minima, inner = [], FAR
-        for smaller, k in itertools.pairwise([-1, *ascending]):
-            ring = (np.abs(offsets) <= k) & (np.abs(offsets) > smaller)
-            if ring.any():
-                inner = jnp.minimum(inner, jnp.min(squared[..., ring], axis=-1))
-            minima.append(jnp.where(jnp.abs(dy) <= k, inner, FAR))
-        return jnp.minimum(nearest, jnp.stack(minima)), None
+    query_norm = _squared_norm(query)[..., None]
+    norm = cut_previous(_squared_norm(previous)[..., None])
+    previous = cut_previous(-2 * previous)
+    label = cut_previous(label[..., None], NOBODY)
 
-    nearest = jnp.full((len(windows), height, num_strips, strip, num_rows), FAR, query.dtype)
-    # The backward pass computes one offset's distances again instead of keeping those of all.
-    one_offset = jax.checkpoint(one_offset, prevent_cse=False)
-    nearest, _ = jax.lax.scan(one_offset, nearest, jnp.asarray(offsets))
-    nearest = nearest[np.array([ascending.index(k) for k in windows])]
-    nearest = nearest.reshape(len(windows), height, num_strips * strip, num_rows)[:, :, :width]
-    return jnp.moveaxis(nearest, 0, 2)
+    def one_row(y, query, query_norm):
+        """[s, x, c] of row y -> [windows, rows, s, x]."""
+
+        def met(x):
+            x = jax.lax.dynamic_slice_in_dim(x, y, 2 * reach + 1, axis=2)
+            return x[:, :, ::atrous_rate]  # [s, c, o, v]
+
+        product = jnp.einsum("sxc,scov->sxov", query, met(previous))
+        squared = _distances_but_for_rest(product, query_norm[..., None], met(norm))
+        mine = met(label) == jnp.arange(num_rows, dtype=label.dtype).reshape(-1, 1, 1, 1, 1)
+        return _least_in_windows(squared, mine, offsets, windows, with_index)
+
+    blocks = rows, cut_query(query), cut_query(query_norm)
+    result = jax.lax.map(lambda block: jax.vmap(one_row)(*block), blocks)
+
+    def whole(x):
+        x = x.reshape(rows.size, len(windows), num_rows, num_strips * strip)
+        return x[:height, ..., :width].transpose(0, 3, 1, 2)
+
+    nearest, index = jax.tree.map(whole, result)
+    nearest = nearest + _rest(query_norm)[..., None]
+    if with_index:
+        o, i = jnp.divmod(index, offsets.size)
+        y = np.arange(height)[:, None, None, None] + o * atrous_rate - reach
+        x = np.arange(width)[:, None, None] + i * atrous_rate - reach
+        index = jnp.where(nearest < FAR, y * width + x, -1)
+    return jnp.minimum(nearest, FAR), index
 
 
-def _diagonals(x: Float[Array, "*batch n m"], n: int) -> Float[Array, "*batch n k"]:
+def _strip_sizes() -> tuple[int, int]:
+    return (STRIP, ROW_NUMBERS) if on_cpu() else (LARGE_STRIP, LARGE_ROW_NUMBERS)
+
+
+def _least_in_windows(
+    squared: Float[Array, "s x o v"],
+    mine: Bool[Array, "rows s 1 o v"],
+    offsets: Int[np.ndarray, " o"],
+    windows: tuple[int, ...],
+    with_index: bool,
+) -> tuple[Float[Array, "windows rows s x"], Int[Array, "windows rows s x"] | None]:
+    """Per window and row, the least distance of query x to columns v = x + i at offset o.
+
+    `offsets` holds those of o and of i; the index is o * (their number) + i.
+    """
+    strip, rate = squared.shape[1], np.diff(offsets[:2]).max(initial=1)
+    squared = jax.lax.optimization_barrier(squared)
+    nearest, at = jnp.asarray(jnp.inf, squared.dtype), jnp.asarray(-1, jnp.int32)
+    found = {}
+    for smaller, k in itertools.pairwise([-1, *sorted(windows)]):
+        for o in np.flatnonzero((np.abs(offsets) <= k) & (np.abs(offsets) > smaller)):
+            here = jnp.where(mine[..., o, :], squared[..., o, :], jnp.inf)
+            at = jnp.where(here < nearest, np.int32(o), at)
+            nearest = jnp.minimum(nearest, here)
+        # [rows, s, x, v]; every window goes on from the one before
+        nearest, at = jax.lax.optimization_barrier((nearest, at))
+
+        inside = np.flatnonzero(np.abs(offsets) <= k)
+        part = slice(inside[0], inside[-1] + 1)
+        band = _diagonals(nearest, strip)[..., ::rate][..., part]
+        least, index = jnp.min(band, axis=-1), None
+        if with_index:
+            # Two plain minima: XLA's CPU backend does not vectorise an arg-min.
+            slots = _diagonals(at, strip)[..., ::rate][..., part] * offsets.size
+            slots = slots + inside.astype(np.int32)
+            slots = jnp.where(band == least[..., None], slots, offsets.size**2)
+            index = jnp.min(slots, axis=-1)
+        found[k] = least, index
+    return jax.tree.map(lambda *x: jnp.stack(x), *(found[k] for k in windows))
+
+
+def _diagonals(x: Shaped[Array, "*batch n m"], n: int) -> Shaped[Array, "*batch n k"]:
     """`out[i, j] = x[i, i + j]` for j in 0..m-n, by reading the rows with a pitch of m + 1:
 
     a b c . .               a b c . . .

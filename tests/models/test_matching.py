@@ -227,6 +227,10 @@ def test_blocks_fit_into_shared_memory(shared_kib, dtype, pieces):
     assert matching_kernel.blocks_for(dtype, 2048, shared_kib) is None
 
 
+# Numbers of a row of 11 pixels with 3 channels in three strips of 4, and windows of 3.
+ROW_OF_11 = 3 * (4 + 2 * 3) * (2 * 3 + 1) * (4 + 3)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from(LOCAL_SHAPES))
 def test_local_matching(seed, shape):
@@ -244,17 +248,19 @@ def test_local_matching(seed, shape):
 
 
 @pytest.mark.parametrize(
-    "strip, size, rows, windows, rate",
+    "sizes, size, rows, windows, rate",
     [
-        (4, (6, 11), 3, (3, 1), 1),  # the last strip is shorter
-        (3, (4, 9), 1, (2, 1), 2),
-        (5, (2, 5), 3, (4, 2), 2),  # one strip, narrower than the windows
-        (2, (1, 7), 4, (5,), 1),  # windows over several strips
-        (1, (3, 4), 2, (1,), 1),
+        ((4, 1), (6, 11), 3, (3, 1), 1),  # the last strip is shorter; row by row
+        ((3, 1), (4, 9), 1, (2, 1), 2),
+        ((5, 1), (2, 5), 3, (4, 2), 2),  # one strip, narrower than the windows
+        ((2, 1), (1, 7), 4, (5,), 1),  # windows over several strips
+        ((1, 1), (3, 4), 2, (1,), 1),
+        ((4, 2 * ROW_OF_11), (7, 11), 3, (3, 1), 1),  # blocks of two rows, the last has one
+        ((4, 5 * ROW_OF_11), (7, 11), 3, (3, 1), 1),  # two blocks of four rows instead of 5 and 2
     ],
 )
-def test_local_matching_over_several_strips(monkeypatch, strip, size, rows, windows, rate):
-    monkeypatch.setattr(matching, "STRIP", strip)
+def test_local_matching_over_several_strips(monkeypatch, sizes, size, rows, windows, rate):
+    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
     query, reference, label, bias = random_case(2, *size, 3, rows)
     found = matching.local_matching(  # not the jitted one: the strip is read when it is traced
         *f32(query, reference[0], label[0]),
@@ -436,6 +442,79 @@ def test_what_is_beyond_far_pulls_at_nothing(small_parts):
     np.testing.assert_array_equal(nearest, [[5, FAR], [5, FAR]])
     np.testing.assert_array_equal(gradient, [[0, 0], [4, 8], [0, 0]])
     np.testing.assert_array_equal(query_gradient, [[-2, -4], [-2, -4]])
+
+
+def full_windows(query, previous, label, num_rows, windows, rate=1):
+    """[h, w, windows, rows] by every distance there is, for JAX to differentiate; and by how much
+    the second nearest is farther."""
+    y, x = np.indices(label.shape)
+    dy, dx = (np.abs(v[:, :, None, None] - v) for v in (y, x))
+    inside = (np.maximum(dy, dx) <= np.reshape(windows, (-1, 1, 1, 1, 1))) & (dy % rate == 0)
+    inside &= dx % rate == 0
+    mine = label == np.arange(num_rows)[:, None, None]
+    taken = (inside[:, None] & mine[:, None, None]).transpose(2, 3, 0, 1, 4, 5)
+    squared = jnp.sum(jnp.square(query[:, :, None, None] - previous), axis=-1)
+    distances = jnp.where(taken, squared[:, :, None, None], FAR)
+    least = jnp.sort(distances.reshape(*distances.shape[:4], -1), axis=-1)
+    return least[..., 0], least[..., 1] - least[..., 0]
+
+
+@pytest.mark.parametrize("shape", LOCAL_SHAPES[1:])
+@pytest.mark.parametrize("sizes", [(3, 1), (3, 1000), (36, 2**22)])
+def test_gradient_of_the_nearest_pixel_in_windows(monkeypatch, shape, sizes):
+    height, width, rows, windows, rate = shape
+    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
+
+    @jax.jit
+    def gradients(query, previous, label, weights):
+        def total(query, previous):
+            arguments = query, previous, label, rows, windows, rate
+            return jnp.sum(matching.windowed_squared_distance(*arguments) * weights)
+
+        return jax.grad(total, (0, 1))(query, previous)
+
+    @jax.jit
+    def slow_gradients(query, previous, label, weights):
+        def total(query, previous):
+            nearest, farther = full_windows(query, previous, label, rows, windows, rate)
+            weighted = jnp.where(farther > FEW, weights, 0)
+            return jnp.sum(nearest * weighted), weighted
+
+        return jax.grad(total, (0, 1), has_aux=True)(query, previous)
+
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        query, previous = rng.standard_normal((2, height, width, 3)).astype(np.float32)
+        label = rng.integers(0, rows + (seed > 0), (height, width))
+        label = np.where(label == rows, matching.NOBODY, label).astype(np.uint8)
+        weights = rng.standard_normal((height, width, len(windows), rows)).astype(np.float32)
+        expected, weights = slow_gradients(query, previous, label, weights)
+        found = gradients(query, previous, label, weights)
+        for gradient, slow in zip(found, expected, strict=True):
+            # Sums of at most 9 x 9 x 2 x 4 terms of order 1, in another order.
+            np.testing.assert_allclose(gradient, slow, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(36, 2**22), (1, 1)])
+def test_of_pixels_at_the_same_distance_in_a_window_one_gets_the_gradient(monkeypatch, sizes):
+    """All of a flat frame are; pixels of nobody and outside the window are not among them."""
+    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
+    query, previous = jnp.ones((1, 7, 2)), jnp.zeros((1, 7, 2))
+    label = jnp.array([[1, 0, 0, matching.NOBODY, 0, 0, 1]], jnp.uint8)
+    weights = jnp.zeros((1, 7, 2, 2)).at[0, 3].set(jnp.array([[1.0, 10.0], [100.0, 1000.0]]))
+    run = jax.value_and_grad(
+        lambda *x: jnp.sum(matching.windowed_squared_distance(*x, label, 2, (1, 3)) * weights),
+        (0, 1),
+    )
+    total, (query_gradient, gradient) = run(query, previous)
+    assert total == 1 * 2 + 10 * FAR + 100 * 2 + 1000 * 2  # the inner window has no row 1
+    np.testing.assert_array_equal(query_gradient[0, 3], 2 * np.array([1101, 1101]))
+    assert not np.delete(query_gradient[0], 3, axis=0).any()
+    given_to = np.asarray(gradient[0, :, 0])
+    np.testing.assert_array_equal(given_to, gradient[0, :, 1])
+    assert sorted(given_to[[2, 4]] + given_to[[1, 5]]) in ([-202, 0], [-200, -2])
+    assert sorted(given_to[[0, 6]]) == [-2000, 0]
+    assert given_to[3] == 0
 
 
 def test_half_precision_adds_up_many_gradients():
