@@ -30,11 +30,12 @@ from cfbi_jax.models.resizing import resize, resize_labels
 FAR = 5e4  # squared distance that stands for "no such pixel"; below float16's largest number
 NOBODY = 255  # label of pixels that match nothing
 
-# Chunks of the global distance matrix. One chunk is all of it that ever exists, so they bound the
-# memory. On CPUs these sizes were the fastest of those tried, on 2 cores. Elsewhere every chunk
-# costs several launches, so there are few and large ones (128 MiB in float32). On most NVIDIA GPUs
-# `matching_kernel` takes their place.
-QUERY_CHUNK, REFERENCE_TILE = 2048, 512
+# Chunks of the global distance matrix: at most so many queries and pixels. One chunk is all of it
+# that ever exists, so they bound the memory. On CPUs these sizes were the fastest of those tried,
+# on 2 cores; there XLA takes a float32 tile's minima as it multiplies, and no chunk exists at all.
+# Elsewhere every chunk costs several launches, so there are few and large ones (128 MiB in
+# float32). On most NVIDIA GPUs `matching_kernel` takes their place.
+QUERY_CHUNK, REFERENCE_TILE = 32_768, 256
 LARGE_QUERY_CHUNK, LARGE_REFERENCE_TILE = 16_384, 2048
 # Local matching: greatest width of the strips in which it correlates rows of pixels, and how many
 # numbers the rows that it computes at a time may take (at least one row). The same holds.
@@ -282,7 +283,7 @@ def _rest(query_norm: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _by_query_chunks(one_chunk: Callable, query: Float[Array, "q c"]):
     """Maps `[chunk, c] -> [rows, chunk]` over chunks of the queries: `[q, rows]` per output."""
     num_queries, channels = query.shape
-    chunk = min(_chunk_sizes()[0], num_queries)
+    chunk = -(-num_queries // -(-num_queries // _chunk_sizes()[0]))  # all about as long
     padded = jnp.pad(query, ((0, -num_queries % chunk), (0, 0)))
     outputs = jax.lax.map(one_chunk, padded.reshape(-1, chunk, channels))
     return jax.tree.map(

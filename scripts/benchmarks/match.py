@@ -17,6 +17,7 @@ from benchmarks.measure import (
     compile_program,
     measure_limits,
     time_call,
+    time_in_turns,
     time_runs,
 )
 from benchmarks.networks import block_label, embedding_size, make_model
@@ -29,7 +30,7 @@ TOLERANCE = 1e-3  # of biased distances, which lie between -1 and 1
 SWEPT_OBJECTS = (1, 2, 5, 10)
 SWEPT_REFERENCES = (1, 2, 4, 8)
 # The bare product runs over tiles, so that it never needs the memory of the whole matrix.
-PRODUCT_CHUNK, PRODUCT_TILE = 2048, 512
+PRODUCT_CHUNK, PRODUCT_TILE = 32768, 256
 
 
 class Inputs(NamedTuple):
@@ -132,17 +133,32 @@ def match(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
 
 
 def sweep(arguments: argparse.Namespace, model: CFBI, limits: Limits) -> Iterator[Row]:
-    """Our forward passes for other numbers of objects, and of references. (The straightforward
-    versions take a time for each of both: minutes at a time on a CPU.)"""
-    ours_alone = dict.fromkeys(("backward", "straightforward", "torch"), False)
-    arguments = argparse.Namespace(**vars(arguments) | ours_alone)
-    for objects in SWEPT_OBJECTS:
-        of_global = global_rows(arguments, model, limits, objects, arguments.references)
-        for row in [*of_global, *local_rows(arguments, model, limits, objects)]:
-            yield {**row, "section": "sweep", "name": f"{row['section']}: {row['name']}"}
-    for references in SWEPT_REFERENCES:
-        for row in global_rows(arguments, model, limits, arguments.objects, references):
-            yield {**row, "section": "sweep", "name": f"{row['section']}: {row['name']}"}
+    """Our forward passes for other numbers of objects, and of references, each sweep in turns and
+    compared with its first case. (The straightforward versions take a time for each of both:
+    minutes at a time on a CPU.)"""
+    size, dtype = embedding_size(network_size(arguments.size)), arguments.matching_dtype
+    of_local = local_flops(size, model)
+
+    def of_global(references):
+        return global_flops(size, references, model.embedding_dim)
+
+    by_objects = [(objects, arguments.references) for objects in SWEPT_OBJECTS]
+    by_references = [(arguments.objects, references) for references in SWEPT_REFERENCES]
+    for name, ours, flops, cases in (
+        ("global matching", our_global, of_global, by_objects),
+        ("local matching", partial(our_local, model=model), lambda _: of_local, by_objects),
+        ("global matching", our_global, of_global, by_references),
+    ):
+        inputs = [jax.device_put(make_inputs(size, model.embedding_dim, *case)) for case in cases]
+        programs = [compile_program(partial(ours, dtype=dtype), x) for x in inputs]
+        calls = [partial(program.call, x) for program, x in zip(programs, inputs, strict=True)]
+        times = time_in_turns(calls, arguments.runs)
+        for case, program, of_case in zip(cases, programs, times, strict=True):
+            figures = dict(zip(("objects", "references"), case, strict=True))
+            figures["gflop"] = flops(case[1]) / 1e9
+            figures["times_first"] = of_case.median / times[0].median
+            limit = limits.seconds(flops(case[1]), dtype, program.moved)
+            yield make_row("sweep", name, of_case, program, limit, **figures)
 
 
 def global_rows(

@@ -7,6 +7,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,20 +112,28 @@ def time_runs(function: Callable[[], Any], runs: int) -> Times:
 
 def time_call(function: Callable, *arguments: Any, runs: int) -> Times:
     """Times a computation of JAX, after one run to warm up."""
+    return time_in_turns([partial(function, *arguments)], runs)[0]
 
-    def call(repeats: int = 1) -> float:
+
+def time_in_turns(functions: Sequence[Callable[[], Any]], runs: int) -> list[Times]:
+    """Times computations of JAX, one run of each after the other, so that a slow minute of the
+    machine falls on all of them; after one run each to warm up."""
+
+    def call(function: Callable, repeats: int = 1) -> float:
         started = time.perf_counter()
         for _ in range(repeats):
-            result = function(*arguments)
+            result = function()
         jax.block_until_ready(result)
         return (time.perf_counter() - started) / repeats
 
     with alone():
-        call()
-        repeats = 1
-        if jax.default_backend() != "cpu":  # a CPU would run calls that wait side by side
-            repeats = max(1, round(SHORT_SECONDS / call()))
-        return Times.of([call(repeats) for _ in range(runs)])
+        repeats = []
+        for function in functions:
+            call(function)
+            on_cpu = jax.default_backend() == "cpu"  # would run calls that wait side by side
+            repeats.append(1 if on_cpu else max(1, round(SHORT_SECONDS / call(function))))
+        seconds = [list(map(call, functions, repeats)) for _ in range(runs)]
+    return [Times.of(of_function) for of_function in zip(*seconds, strict=True)]
 
 
 def measure_limits(dtypes: Sequence[str], runs: int) -> Limits:
