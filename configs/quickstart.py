@@ -6,7 +6,7 @@ A small network of the same classes (only widths, depths and windows are smaller
 synthetic videos that are drawn on the fly, and is evaluated on eight videos that it never saw.
 Look at OUT/overlays/*.png, OUT/pictures/*.png, and `python scripts/plot_run.py OUT`.
 
-Cost: four and a half minutes on 2 cores of an Intel Xeon, 7.4 on 2 of an AMD EPYC, compilation
+Cost: four minutes on 2 cores of an Intel Xeon, 7.4 on 2 of an AMD EPYC, compilation
 included; 3 GB of memory. Result: J&F 0.785, 0.757 and 0.795 for seeds 0, 1 and 2 on the Xeon, 0.755
 for seed 0 on the EPYC (README has what it beats; sums that round differently make other networks).
 """
