@@ -421,7 +421,8 @@ def _nearest_in_windows(
     # columns[s, v]: the previous frame's column v of strip s, counted from its left margin
     columns = np.arange(num_strips)[:, None] * strip + np.arange(strip + 2 * reach)
     # rows[i]: those of the i-th block; the last one may go through the last row again
-    numbers_of_row = columns.size * offsets.size * (strip + channels)
+    of_column = offsets.size * (strip + channels) + strip * num_rows * len(windows)
+    numbers_of_row = columns.size * of_column
     num_blocks = -(-height // max(1, numbers // numbers_of_row))
     rows = np.arange(num_blocks * -(-height // num_blocks)).reshape(num_blocks, -1)
     rows = np.minimum(rows, height - 1)

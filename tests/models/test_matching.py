@@ -227,8 +227,8 @@ def test_blocks_fit_into_shared_memory(shared_kib, dtype, pieces):
     assert matching_kernel.blocks_for(dtype, 2048, shared_kib) is None
 
 
-# Numbers of a row of 11 pixels with 3 channels in three strips of 4, and windows of 3.
-ROW_OF_11 = 3 * (4 + 2 * 3) * (2 * 3 + 1) * (4 + 3)
+# Numbers of a row of 11 pixels with 3 channels in three strips of 4: windows of 3 and 1, 3 rows.
+ROW_OF_11 = 3 * (4 + 2 * 3) * ((2 * 3 + 1) * (4 + 3) + 4 * 3 * 2)
 
 
 @settings(max_examples=25, deadline=None)
