@@ -70,6 +70,23 @@ def test_match_compares_with_plain_versions(benchmark, run):
         assert row["share_of_limit"] > 0
 
 
+def test_match_sweeps_objects_and_references_in_turns(benchmark, run, monkeypatch):
+    monkeypatch.setattr(benchmark.match, "SWEPT_OBJECTS", (1, 3))
+    monkeypatch.setattr(benchmark.match, "SWEPT_REFERENCES", (1, 2))
+    command = "match", "--size", "49x65", "--model", "quickstart", "--no-torch", "--sweep"
+    figures = run(*command, "--no-straightforward", "--objects", "2")
+    rows = [row for row in figures["rows"] if row["section"] == "sweep"]
+    cases = [(row["name"], row["objects"], row["references"]) for row in rows]
+    by_objects = [("global matching", 1, 1), ("global matching", 3, 1)]
+    by_objects += [("local matching", 1, 1), ("local matching", 3, 1)]
+    assert cases == [*by_objects, ("global matching", 2, 1), ("global matching", 2, 2)]
+    for first, other in zip(rows[::2], rows[1::2], strict=True):
+        assert first["times_first"] == 1
+        ratio = other["seconds"]["median"] / first["seconds"]["median"]
+        assert other["times_first"] == pytest.approx(ratio)
+    assert rows[5]["gflop"] == pytest.approx(2 * rows[4]["gflop"])  # of twice the pixels
+
+
 def test_match_compares_the_kernel_with_xla(benchmark, run, monkeypatch):
     """On GPUs; here the kernel is interpreted. It is in the one and not in the other."""
     made = []

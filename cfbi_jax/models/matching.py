@@ -397,8 +397,8 @@ def _windowed_forward(query, previous, label, num_rows, windows, atrous_rate):
 
 def _windowed_backward(num_rows, windows, atrous_rate, residuals, gradient):
     query, previous, label, index = residuals
-    height, width, channels = query.shape
-    flat = (x.reshape(height * width, -1) for x in (query, previous, index, gradient))
+    num_pixels = label.size
+    flat = (x.reshape(num_pixels, -1) for x in (query, previous, index, gradient))
     gradients = (x.reshape(query.shape) for x in _pull_together(*flat))
     return *gradients, np.zeros(label.shape, jax.dtypes.float0)
 

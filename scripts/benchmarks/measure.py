@@ -130,8 +130,10 @@ def time_in_turns(functions: Sequence[Callable[[], Any]], runs: int) -> list[Tim
         repeats = []
         for function in functions:
             call(function)
-            on_cpu = jax.default_backend() == "cpu"  # would run calls that wait side by side
-            repeats.append(1 if on_cpu else max(1, round(SHORT_SECONDS / call(function))))
+            if jax.default_backend() == "cpu":  # it would run calls that wait side by side
+                repeats.append(1)
+            else:
+                repeats.append(max(1, round(SHORT_SECONDS / call(function))))
         seconds = [list(map(call, functions, repeats)) for _ in range(runs)]
     return [Times.of(of_function) for of_function in zip(*seconds, strict=True)]
 
