@@ -34,7 +34,8 @@ def run(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "use_compilation_cache", lambda path: None)
     monkeypatch.setitem(benchmark.measure.PRODUCT_SIDE, "cpu", 256)
     monkeypatch.setitem(benchmark.measure.COPY_MIB, "cpu", 4)
-    monkeypatch.setattr(benchmark.match.matching, "blocks_here", lambda *_: None)  # as on CPUs
+    # As on CPUs.
+    monkeypatch.setattr(benchmark.match.matching_global, "blocks_here", lambda *_: None)
 
     def run(*arguments):
         path = tmp_path / "figures.json"
@@ -95,7 +96,7 @@ def test_match_compares_the_kernel_with_xla(benchmark, run, monkeypatch):
         made.append(dtype)
         return Blocks(64, 32, 2)
 
-    monkeypatch.setattr(benchmark.match.matching, "blocks_here", small)
+    monkeypatch.setattr(benchmark.match.matching_global, "blocks_here", small)
     command = "match", "--size", "49x65", "--model", "quickstart", "--no-torch"
     figures = run(*command, "--no-straightforward", "--matching-dtype", "bfloat16")
     assert names(figures, "global matching") == ["ours", "ours without the kernel"]

@@ -23,7 +23,7 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.programs import Programs
 from cfbi_jax.inference.state import state_shapes
 from cfbi_jax.memory import Chunks
-from cfbi_jax.models import matching, matching_kernel
+from cfbi_jax.models import matching_global, matching_kernel
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.training.schedule import optimizer
 from cfbi_jax.training.step import StepOptions, create_state, make_train_step
@@ -143,7 +143,7 @@ def on_a_gpu(monkeypatch):
     """What depends on the kind of device is chosen as for GPUs; matching as for those that the
     kernel is not for."""
     monkeypatch.setattr(compilation, "default_device", lambda: SimpleNamespace(platform="gpu"))
-    monkeypatch.setattr(matching, "blocks_here", lambda *_: None)
+    monkeypatch.setattr(matching_global, "blocks_here", lambda *_: None)
 
 
 def check_for_gpus(jitted, *arguments, **static):
@@ -182,14 +182,15 @@ def test_the_kernel_of_global_matching_is_ready_for_gpus(on_a_gpu, monkeypatch, 
     """It becomes one program of Triton, as long for many rows as for few, and the gradient needs no
     other product."""
     blocks = matching_kernel.blocks_for(dtype, 100, 227)
-    monkeypatch.setattr(matching, "blocks_here", lambda *_: blocks)
+    monkeypatch.setattr(matching_global, "blocks_here", lambda *_: blocks)
     shape = jax.ShapeDtypeStruct
     arrays = shape((300, 100), dtype), shape((700, 100), dtype), shape((700,), np.uint8)
 
     def lowered(num_rows):
         def gradients(query, reference, label):
             def total(query, reference):
-                return matching.nearest_squared_distance(query, reference, label, num_rows).sum()
+                nearest = matching_global.nearest_squared_distance
+                return nearest(query, reference, label, num_rows).sum()
 
             return jax.grad(total, (0, 1))(query, reference)
 

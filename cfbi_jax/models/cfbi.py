@@ -23,11 +23,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from cfbi_jax.models import matching
 from cfbi_jax.models.attention import instance_vector
 from cfbi_jax.models.deeplab import DeepLab
 from cfbi_jax.models.ensembler import CollaborativeEnsembler, FeelvosHead
 from cfbi_jax.models.layers import Conv, GroupNorm, groups_of
+from cfbi_jax.models.matching import NOBODY, background_distance
+from cfbi_jax.models.matching_global import global_matching
+from cfbi_jax.models.matching_local import local_matching
 
 # Half-resolution windows; largest first is the channel order that official weights expect.
 WINDOWS = (12, 2, 4, 6, 8, 10)
@@ -183,7 +185,7 @@ class CFBI(nn.Module):
             frames = jnp.arange(reference.shape[1])
             frame_valid = frames < num_references[:, None]
             reference_label = jnp.where(
-                frame_valid[:, :, None, None], reference_label, matching.NOBODY
+                frame_valid[:, :, None, None], reference_label, NOBODY
             ).astype(jnp.uint8)
 
             maps, mask = self._distance_maps(
@@ -267,7 +269,7 @@ class CFBI(nn.Module):
         if self.distance_bias:
             bias = jnp.where(jnp.arange(num_rows) == 0, self.background_bias, self.foreground_bias)
 
-        global_map = matching.global_matching(
+        global_map = global_matching(
             current,
             reference,
             reference_label,
@@ -275,7 +277,7 @@ class CFBI(nn.Module):
             atrous_rate=self.global_atrous_rate,
             dtype=self.matching_dtype,
         )
-        local_map = matching.local_matching(
+        local_map = local_matching(
             current,
             previous,
             previous_label,
@@ -290,8 +292,8 @@ class CFBI(nn.Module):
         self.sow("intermediates", "global_foreground", global_map)
         self.sow("intermediates", "local_foreground", local_map)
         if self.pixel_background:
-            global_background = matching.background_distance(global_map, valid)
-            local_background = matching.background_distance(local_map, valid)
+            global_background = background_distance(global_map, valid)
+            local_background = background_distance(local_map, valid)
             maps += [local_background, global_background[..., None]]
             self.sow("intermediates", "global_background", global_background)
             self.sow("intermediates", "local_background", local_background)

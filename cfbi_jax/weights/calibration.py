@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, UInt8
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import prepare
 from cfbi_jax.models.layers import NORM_EPSILON, FrozenBatchNorm
-from cfbi_jax.models.matching import nearest_squared_distance
+from cfbi_jax.models.matching_global import nearest_squared_distance
 from cfbi_jax.weights.checkpoint import Checkpoint
 
 LOGGER = logging.getLogger(__name__)

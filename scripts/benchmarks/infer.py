@@ -37,7 +37,7 @@ from cfbi_jax.inference.options import Options
 from cfbi_jax.inference.segmenter import VideoSegmenter
 from cfbi_jax.inference.state import padded_references, padded_rows
 from cfbi_jax.inference.video import MaskWriter, read_frames
-from cfbi_jax.models import matching
+from cfbi_jax.models import matching, matching_global, matching_local
 from cfbi_jax.models.attention import instance_vector
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -152,13 +152,13 @@ def time_stages(
     stages.time(
         "global matching",
         matching_dtype,
-        partial(matching.global_matching, dtype=model.matching_dtype),
+        partial(matching_global.global_matching, dtype=model.matching_dtype),
         *(embedding, reference, reference_label, bias),
         matching_flops=of_global,
     )
     of_local = local_flops(size, model)
     match_locally = partial(
-        matching.local_matching,
+        matching_local.local_matching,
         windows=model.windows,
         downsample=model.local_downsample,
         dtype=model.matching_dtype,

@@ -22,7 +22,7 @@ from benchmarks.measure import (
 )
 from benchmarks.networks import block_label, embedding_size, make_model
 from benchmarks.report import Row, make_row
-from cfbi_jax.models import matching
+from cfbi_jax.models import matching_global, matching_local
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import network_size
 
@@ -68,13 +68,13 @@ def make_inputs(size: tuple[int, int], channels: int, objects: int, references: 
 def our_global(inputs: Inputs, dtype: str):
     x = inputs
     args = x.query[None], x.reference[None], x.reference_label[None], x.bias
-    return matching.global_matching(*args, dtype=dtype)[0]
+    return matching_global.global_matching(*args, dtype=dtype)[0]
 
 
 def our_local(inputs: Inputs, dtype: str, model: CFBI):
     x = inputs
     args = x.query[None], x.previous[None], x.previous_label[None], x.bias, model.windows
-    return matching.local_matching(*args, downsample=model.local_downsample, dtype=dtype)[0]
+    return matching_local.local_matching(*args, downsample=model.local_downsample, dtype=dtype)[0]
 
 
 def plain_global(inputs: Inputs, dtype: str):
@@ -125,7 +125,7 @@ def match(arguments: argparse.Namespace) -> tuple[list[Row], Limits]:
         *global_rows(arguments, model, limits, arguments.objects, arguments.references),
         *local_rows(arguments, model, limits, arguments.objects),
     ]
-    if matching.blocks_here(arguments.matching_dtype, model.embedding_dim):
+    if matching_global.blocks_here(arguments.matching_dtype, model.embedding_dim):
         rows.insert(1, without_kernel_row(arguments, model, limits, rows[0]))
     if arguments.sweep:
         rows += sweep(arguments, model, limits)
@@ -277,7 +277,7 @@ def without_kernel_row(
     inputs = make_inputs(size, model.embedding_dim, arguments.objects, arguments.references)
     on_device, dtype = jax.device_put(inputs), arguments.matching_dtype
     with_kernel = compile_program(partial(our_global, dtype="float32"), on_device)
-    with mock.patch.object(matching, "blocks_here", lambda *_: None):
+    with mock.patch.object(matching_global, "blocks_here", lambda *_: None):
         program = in_float32 = compile_program(partial(our_global, dtype="float32"), on_device)
         if dtype != "float32":
             program = compile_program(partial(our_global, dtype=dtype), on_device)

@@ -509,13 +509,13 @@ jax.set_mesh(jax.make_mesh((3,), ("x",)))
 import cfbi_jax
 
 from cfbi_jax import compilation
-from cfbi_jax.models import matching
+from cfbi_jax.models import matching_global
 
-blocks_here, traced_for = matching.blocks_here, set()
+blocks_here, traced_for = matching_global.blocks_here, set()
 def asked(*arguments):
     traced_for.add(compilation.default_device())
     return blocks_here(*arguments)
-matching.blocks_here = asked
+matching_global.blocks_here = asked
 
 with jax.default_device(jax.devices()[2]):
     segmenter = cfbi_jax.VideoSegmenter.from_checkpoint(sys.argv[1])

@@ -12,6 +12,8 @@ from cfbi_jax.models import (
     ensembler,
     layers,
     matching,
+    matching_global,
+    matching_local,
     mobilenet_v2,
     resizing,
 )
@@ -48,7 +50,7 @@ def assert_close(found, expected, atol=2e-5):
 def test_global_matching(name, references, options):
     reference = jnp.stack([jnp.asarray(OPS[f"gm_ref{i}"]) for i in range(references)])
     label = jnp.stack([jnp.asarray(OPS[f"gm_label{i}"]) for i in range(references)])
-    found = matching.global_matching(
+    found = matching_global.global_matching(
         jnp.asarray(OPS["gm_query"])[None],
         reference[None],
         label[None],
@@ -60,7 +62,7 @@ def test_global_matching(name, references, options):
 
 def test_global_matching_without_any_labelled_pixel():
     nobody = jnp.full((1, 1, 9, 11), 7, jnp.uint8)
-    found = matching.global_matching(
+    found = matching_global.global_matching(
         jnp.asarray(OPS["gm_query"])[None],
         jnp.asarray(OPS["gm_ref0"])[None, None],
         nobody,
@@ -82,7 +84,7 @@ def test_local_matching(variant, options):
     stored = {k: OPS[f"lm_{variant}_{k}"] for k in ("query", "prev", "label", "windows", "out")}
     ascending = [int(k) for k in stored["windows"]]
     windows = (ascending[-1], *ascending[:-1])  # the network's channel order: largest first
-    found = matching.local_matching(
+    found = matching_local.local_matching(
         jnp.asarray(stored["query"])[None],
         jnp.asarray(stored["prev"])[None],
         jnp.asarray(stored["label"])[None],

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfbi_jax.models import matching, matching_kernel
+from cfbi_jax.models import matching, matching_global, matching_kernel, matching_local
+from cfbi_jax.models.matching_global import nearest_squared_distance
 from cfbi_jax.models.matching_kernel import Blocks
+from cfbi_jax.models.matching_local import windowed_squared_distance
 
 FAR = 5e4
 
@@ -21,10 +23,10 @@ def small_parts(request, monkeypatch):
     """Tiles of 7 or 8 and chunks of 13 or 16 pixels; `kernel`: the GPUs' kernel, interpreted where
     there is no GPU; there with its own blocks, which are larger."""
     if request.param == "chunks":
-        monkeypatch.setattr(matching, "blocks_here", lambda *_: None)
-        monkeypatch.setattr(matching, "_chunk_sizes", lambda: (13, 7))
+        monkeypatch.setattr(matching_global, "blocks_here", lambda *_: None)
+        monkeypatch.setattr(matching_global, "_chunk_sizes", lambda: (13, 7))
     elif jax.default_backend() == "cpu":
-        monkeypatch.setattr(matching, "blocks_here", lambda *_: Blocks(16, 8, 2))
+        monkeypatch.setattr(matching_global, "blocks_here", lambda *_: Blocks(16, 8, 2))
 
 
 def distance(squared, bias):
@@ -86,10 +88,10 @@ LOCAL_SHAPES = [
     (6, 8, 4, (4, 2), 1),
     (5, 9, 3, (4, 2), 2),
 ]
-global_matching = jax.jit(matching.global_matching)
-by_the_kernel = jax.jit(lambda *arrays: matching.global_matching(*arrays))
+global_matching = jax.jit(matching_global.global_matching)
+by_the_kernel = jax.jit(lambda *arrays: matching_global.global_matching(*arrays))
 local_matching = jax.jit(
-    matching.local_matching, static_argnames=("windows", "downsample", "atrous_rate")
+    matching_local.local_matching, static_argnames=("windows", "downsample", "atrous_rate")
 )
 
 
@@ -105,7 +107,7 @@ def test_global_matching(seed, shape):
 @given(seed=st.integers(0, 10**6), shape=st.sampled_from(SHAPES))
 def test_the_kernel(seed, shape):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "blocks_here", lambda *_: Blocks(16, 16, 2))
+        patch.setattr(matching_global, "blocks_here", lambda *_: Blocks(16, 16, 2))
         query, reference, label, bias = random_case(seed, *shape)
         arrays = *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
         found = by_the_kernel(*arrays)
@@ -116,7 +118,9 @@ def test_global_matching_over_several_tiles_and_chunks(small_parts):
     """Sizes that divide nothing."""
     query, reference, label, bias = random_case(0, 9, 11, 4, 4, references=2)
     label[label == 2] = 0  # an absent object between present ones
-    found = matching.global_matching(*f32(query, reference, label), jnp.asarray(bias, jnp.float32))
+    found = matching_global.global_matching(
+        *f32(query, reference, label), jnp.asarray(bias, jnp.float32)
+    )
     np.testing.assert_allclose(found[0], slow_global(query, reference, label, bias), atol=2e-6)
     np.testing.assert_array_equal(found[0, ..., 2], 1)
 
@@ -126,7 +130,7 @@ def test_as_many_rows_as_labels_can_name():
     query, reference = rng.random((2, 6, 3))
     label = np.array([0, 1, 253, 254, 254, 255], np.uint8)
     pixels = [jnp.asarray(x, jnp.float32) for x in (query, reference)]
-    found = np.asarray(matching.nearest_squared_distance(*pixels, jnp.asarray(label), 255))
+    found = np.asarray(nearest_squared_distance(*pixels, jnp.asarray(label), 255))
     exact = np.square(query[:, None] - reference).sum(axis=-1)
     for row in (0, 1, 253, 254):
         expected = exact[:, label == row].min(axis=1)
@@ -139,7 +143,7 @@ def test_global_matching_of_ties_and_of_a_batch(small_parts):
     reference[:] = reference[0, 0, 0]  # every reference pixel is the same
     twice = [jnp.concatenate([a, a[:, :, ::-1]]) for a in f32(query)]
     both = [jnp.concatenate([a, a]) for a in f32(reference, label)]
-    found = matching.global_matching(*twice, *both, jnp.asarray(bias, jnp.float32))
+    found = matching_global.global_matching(*twice, *both, jnp.asarray(bias, jnp.float32))
     expected = slow_global(query, reference, label, bias)
     np.testing.assert_allclose(found[0], expected, atol=2e-6)
     np.testing.assert_allclose(found[1], expected[:, ::-1], atol=2e-6)
@@ -154,8 +158,8 @@ def test_the_kernel_rounds_half_precision_as_the_chunks_do(monkeypatch, dtype):
     label = jnp.asarray(rng.integers(0, 3, 70), jnp.uint8)
     found = {}
     for name, blocks in (("chunks", None), ("kernel", Blocks(16, 16, 2))):
-        monkeypatch.setattr(matching, "blocks_here", lambda *_, blocks=blocks: blocks)
-        found[name] = matching.nearest_squared_distance(query, reference, label, 3)
+        monkeypatch.setattr(matching_global, "blocks_here", lambda *_, blocks=blocks: blocks)
+        found[name] = nearest_squared_distance(query, reference, label, 3)
         assert found[name].dtype == dtype
     np.testing.assert_array_equal(found["kernel"], found["chunks"])
     exact = np.square(np.float64(query)[:, None] - np.float64(reference)).sum(axis=-1)
@@ -174,8 +178,8 @@ def test_the_kernel_is_as_exact_as_float32():
     found = {}
     for name, blocks in (("chunks", None), ("kernel", Blocks(16, 16, 2))):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(matching, "blocks_here", lambda *_, blocks=blocks: blocks)
-            nearest = matching.nearest_squared_distance(*arrays, 1)[:, 0]
+            patch.setattr(matching_global, "blocks_here", lambda *_, blocks=blocks: blocks)
+            nearest = nearest_squared_distance(*arrays, 1)[:, 0]
         found[name] = np.abs(nearest - exact).max() / size / np.finfo(np.float32).eps
     assert found["kernel"] < 2 and found["chunks"] < 2
 
@@ -186,10 +190,10 @@ def test_pixels_that_are_not_finite_are_seen(small_parts):
     query, reference = (jnp.asarray(x, jnp.float32) for x in rng.random((2, 30, 4)))
     label = jnp.asarray(np.arange(30) % 2, jnp.uint8)
     for bad in (jnp.nan, jnp.inf):
-        nearest = matching.nearest_squared_distance(query.at[3, 1].set(bad), reference, label, 3)
+        nearest = nearest_squared_distance(query.at[3, 1].set(bad), reference, label, 3)
         np.testing.assert_array_equal(np.isnan(nearest[:, :2]).any(axis=1), np.arange(30) == 3)
         assert np.isnan(nearest[3, :2]).all() and (nearest[np.arange(30) != 3, 2] == FAR).all()
-    nearest = matching.nearest_squared_distance(query, reference.at[7, 2].set(jnp.nan), label, 3)
+    nearest = nearest_squared_distance(query, reference.at[7, 2].set(jnp.nan), label, 3)
     assert np.isnan(nearest[:, 1]).all() and np.isfinite(nearest[:, [0, 2]]).all()
 
 
@@ -260,9 +264,9 @@ def test_local_matching(seed, shape):
     ],
 )
 def test_local_matching_over_several_strips(monkeypatch, sizes, size, rows, windows, rate):
-    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
+    monkeypatch.setattr(matching_local, "_strip_sizes", lambda: sizes)
     query, reference, label, bias = random_case(2, *size, 3, rows)
-    found = matching.local_matching(  # not the jitted one: the strip is read when it is traced
+    found = matching_local.local_matching(  # not the jitted one: strips are read at tracing
         *f32(query, reference[0], label[0]),
         jnp.asarray(bias, jnp.float32),
         windows,
@@ -297,7 +301,7 @@ def test_gradients_are_those_of_finite_differences(which):
 
     def loss(value):
         inputs = {**arrays, which: value}
-        found = matching.global_matching(
+        found = matching_global.global_matching(
             inputs["query"], inputs["reference"], jnp.asarray(label)[None], inputs["bias"]
         )
         return jnp.sum(found * weights)
@@ -333,7 +337,7 @@ def value_and_gradients(fn):
     return run
 
 
-nearest_and_gradients = jax.jit(value_and_gradients(matching.nearest_squared_distance))
+nearest_and_gradients = jax.jit(value_and_gradients(nearest_squared_distance))
 slow_nearest_and_gradients = jax.jit(value_and_gradients(full_matrix))
 
 
@@ -378,7 +382,7 @@ def test_gradient_of_the_nearest_pixel(seed, shape, empty_row):
 @pytest.mark.parametrize("seed", range(3))
 def test_gradient_of_the_nearest_pixel_over_several_tiles_and_chunks(small_parts, seed):
     # A new function, as what is traced depends on the parts.
-    found = jax.jit(value_and_gradients(lambda *x: matching.nearest_squared_distance(*x)))
+    found = jax.jit(value_and_gradients(lambda *x: nearest_squared_distance(*x)))
     check_nearest(found, seed, (24, 45, 3, 4), empty_row=seed > 0)
 
 
@@ -398,10 +402,10 @@ def test_small_integers_of_any_size_have_exact_distances(sizes, seed, kernel):
     label = np.where(label == rows, matching.NOBODY, label).astype(np.uint8)
     blocks = Blocks(16, 8, 2) if kernel and jax.default_backend() == "cpu" else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matching, "blocks_here", lambda *_: blocks)
-        patch.setattr(matching, "_chunk_sizes", lambda: (13, 7))
+        patch.setattr(matching_global, "blocks_here", lambda *_: blocks)
+        patch.setattr(matching_global, "_chunk_sizes", lambda: (13, 7))
         arrays = map(jnp.asarray, (query, reference, label))
-        found = matching.nearest_squared_distance(*arrays, rows)
+        found = nearest_squared_distance(*arrays, rows)
     squared = np.square(query[:, None] - reference).sum(axis=-1)
     for row in range(rows):
         expected = squared[:, label == row].min(axis=1, initial=FAR)
@@ -414,14 +418,14 @@ def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch,
     """Integers, so that distances are exact. JAX's own `min` would share it out."""
     if blocks and jax.default_backend() != "cpu":
         blocks = blocks._replace(pixels=16)  # the least that GPUs take
-    monkeypatch.setattr(matching, "_chunk_sizes", lambda: (2048, tile))
-    monkeypatch.setattr(matching, "blocks_here", lambda *_: blocks)
+    monkeypatch.setattr(matching_global, "_chunk_sizes", lambda: (2048, tile))
+    monkeypatch.setattr(matching_global, "blocks_here", lambda *_: blocks)
     query = jnp.array([[0.0, 0.0], [4.0, 0.0]])
     #                        row 1, far   row 0      row 1      row 1       row 1      row 0
     reference = jnp.array([[-3.0, 0], [0.0, 5.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 5.0]])
     label = jnp.array([1, 0, 1, 1, 1, 0], jnp.uint8)
     weights = jnp.array([[1.0, 10.0], [100.0, 1000.0]])
-    run = value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
+    run = value_and_gradients(lambda *arguments: nearest_squared_distance(*arguments))
     (_, nearest), (query_gradient, gradient) = run(query, reference, label, weights)
     np.testing.assert_array_equal(nearest, [[25, 4], [41, 4]])
     # Sum over the queries of 2 x weight x (pixel - query).
@@ -436,7 +440,7 @@ def test_of_pixels_at_the_same_distance_the_first_gets_the_gradient(monkeypatch,
 
 def test_what_is_beyond_far_pulls_at_nothing(small_parts):
     query, reference = jnp.zeros((2, 2)), jnp.array([[0.0, 300.0], [1.0, 2.0], [400.0, 0.0]])
-    run = value_and_gradients(lambda *arguments: matching.nearest_squared_distance(*arguments))
+    run = value_and_gradients(lambda *arguments: nearest_squared_distance(*arguments))
     label = jnp.array([1, 0, 1], jnp.uint8)
     (_, nearest), (query_gradient, gradient) = run(query, reference, label, jnp.ones((2, 2)))
     np.testing.assert_array_equal(nearest, [[5, FAR], [5, FAR]])
@@ -463,13 +467,13 @@ def full_windows(query, previous, label, num_rows, windows, rate=1):
 @pytest.mark.parametrize("sizes", [(3, 1), (3, 1000), (36, 2**22)])
 def test_gradient_of_the_nearest_pixel_in_windows(monkeypatch, shape, sizes):
     height, width, rows, windows, rate = shape
-    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
+    monkeypatch.setattr(matching_local, "_strip_sizes", lambda: sizes)
 
     @jax.jit
     def gradients(query, previous, label, weights):
         def total(query, previous):
             arguments = query, previous, label, rows, windows, rate
-            return jnp.sum(matching.windowed_squared_distance(*arguments) * weights)
+            return jnp.sum(windowed_squared_distance(*arguments) * weights)
 
         return jax.grad(total, (0, 1))(query, previous)
 
@@ -498,12 +502,12 @@ def test_gradient_of_the_nearest_pixel_in_windows(monkeypatch, shape, sizes):
 @pytest.mark.parametrize("sizes", [(36, 2**22), (1, 1)])
 def test_of_pixels_at_the_same_distance_in_a_window_one_gets_the_gradient(monkeypatch, sizes):
     """All of a flat frame are; pixels of nobody and outside the window are not among them."""
-    monkeypatch.setattr(matching, "_strip_sizes", lambda: sizes)
+    monkeypatch.setattr(matching_local, "_strip_sizes", lambda: sizes)
     query, previous = jnp.ones((1, 7, 2)), jnp.zeros((1, 7, 2))
     label = jnp.array([[1, 0, 0, matching.NOBODY, 0, 0, 1]], jnp.uint8)
     weights = jnp.zeros((1, 7, 2, 2)).at[0, 3].set(jnp.array([[1.0, 10.0], [100.0, 1000.0]]))
     run = jax.value_and_grad(
-        lambda *x: jnp.sum(matching.windowed_squared_distance(*x, label, 2, (1, 3)) * weights),
+        lambda *x: jnp.sum(windowed_squared_distance(*x, label, 2, (1, 3)) * weights),
         (0, 1),
     )
     total, (query_gradient, gradient) = run(query, previous)
@@ -524,7 +528,7 @@ def test_half_precision_adds_up_many_gradients():
     reference, label = jnp.ones((1, 4), jnp.bfloat16), jnp.zeros(1, jnp.uint8)
 
     def total(reference):
-        nearest = matching.nearest_squared_distance(query, reference, label, 1)
+        nearest = nearest_squared_distance(query, reference, label, 1)
         return jnp.sum(nearest.astype(jnp.float32))
 
     found = np.asarray(jax.grad(total)(reference), np.float64)

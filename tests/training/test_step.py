@@ -20,7 +20,7 @@ from small import random_variables, small_network
 from tiny import QUICK, SIZE, batch_of, random_clips, tiny_model, tiny_parts
 
 from cfbi_jax.compilation import compiler_options
-from cfbi_jax.models import cfbi, matching
+from cfbi_jax.models import cfbi, matching_global
 from cfbi_jax.models.cfbi import CFBI, mask_padding
 from cfbi_jax.models.deeplab import DeepLab
 from cfbi_jax.models.ensembler import CollaborativeEnsembler
@@ -447,7 +447,7 @@ def test_the_kernel_of_global_matching_changes_nothing(
         asked.append((jnp.dtype(dtype).name, channels))
         return Blocks(16, 16, 2)
 
-    monkeypatch.setattr(matching, "blocks_here", blocks_here)
+    monkeypatch.setattr(matching_global, "blocks_here", blocks_here)
     options = StepOptions(MAX_OBJECTS, SEQUENTIAL, MINING, ema_decay=0.15)
     step = make_train_step(tiny_model(), OFFICIAL_FORMAT, TX, options, MESH)
     state, batch = new_state(variables, ema=True), batch_of(step_clips, MAX_OBJECTS)
