@@ -105,6 +105,38 @@ def test_smooth_motion_of_its_own():
             assert np.linalg.norm(apart - apart[0], axis=-1).max() > 2
 
 
+class Given(np.random.Generator):
+    """Draws what is given."""
+
+    def __init__(self, points):
+        super().__init__(np.random.PCG64(0))
+        self.points = np.asarray(points, float)
+
+    def uniform(self, low, high, shape):
+        assert self.points.shape == shape
+        return self.points
+
+
+def test_paths_are_affine_motion_about_a_centre():
+    """Where all points of the curve are the same, it is that point all the time."""
+    centre = np.array([70.0, 20.0])
+    rng = Given(3 * [[0.1, -0.2, 0.3, 0.4, 0.5]])
+    path = static_images._random_path(rng, centre, 100, np.ones(5), 5)
+    turn = np.array([[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]])
+    linear = np.exp(0.4) * turn @ [[1, 0.5], [0, 1]]
+    for matrix in path:
+        np.testing.assert_allclose(matrix[:, :2], linear, rtol=1e-12)
+        # The centre goes by shares of the short edge and nowhere else.
+        np.testing.assert_allclose(matrix @ [*centre, 1], centre + [10, -20], rtol=1e-12)
+
+
+def test_paths_begin_and_end_with_points_of_their_own():
+    """The first and the last of the curve's three points; half of the second in the middle."""
+    rng = Given([[x, 0, 0, 0, 0] for x in (1, 4, 2)])
+    path = static_images._random_path(rng, np.zeros(2), 10, np.ones(5), 3)
+    np.testing.assert_allclose(path[:, 0, 2], [10, (1 + 2 * 4 + 2) / 4 * 10, 20])
+
+
 def test_objects_turn_and_change_size():
     angles, areas = [], []
     label = np.zeros((1, 120, 160), np.uint8)
@@ -118,6 +150,21 @@ def test_objects_turn_and_change_size():
         angles.append(np.degrees(np.arctan(y / x)))
     assert min(angles) < -5 and max(angles) > 5 and np.abs(angles).max() < 30
     assert min(areas) < 0.9 and max(areas) > 1.1 and 0.6 < min(areas) < max(areas) < 1.5
+
+
+def test_layers_are_drawn_as_if_each_were_as_large_as_the_frame():
+    """Boxes spare work and no pixel, not even the half covered ones on an object's edges."""
+    label = np.zeros((1, 60, 80), np.uint8)
+    label[0, 20:40, 30:55] = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(static_images, "_BACKGROUND_RANGE", np.zeros(5))
+        patch.setattr(static_images, "_OBJECT_RANGE", np.array([0.3, 0.3, 0.3, 1.2, 0]))
+        videos = [moving(Still(label), seed) for seed in range(12)]
+    for video in videos:
+        for t in (0, 3, 7):
+            cover = cv2.warpAffine(np.float32(label[0]), video.layers[0].path[t], (80, 60))
+            expected = 40 + cover * (220 - 40)  # red; OpenCV rounds places to 1/32 of a pixel
+            assert np.abs(video.frame(t)[..., 0] - expected).max() < 13
 
 
 def test_the_picture_is_kept():
@@ -139,8 +186,9 @@ def test_the_picture_is_kept():
 def test_what_is_behind_an_object_looks_like_what_is_around_it():
     label = two_objects()
     frames = COLOURS[label].copy()
-    # Nobody's pixels round an object have its colour and yet are not spread under it.
-    label[0, 36:84, 26:69][label[0, 36:84, 26:69] == 0] = 255
+    # Nobody's pixels round an object have its colour and yet are not spread under it; the band
+    # is wider than the halo that is painted out.
+    label[0, 28:92, 18:77][label[0, 28:92, 18:77] == 0] = 255
     frames[0][label[0] == 255] = COLOURS[1]
     with pytest.MonkeyPatch.context() as patch:
         # Objects leave their places, the background stays.
@@ -179,6 +227,18 @@ def test_nobodys_pixels_stay_with_the_background():
         assert (mask[-1] != 255).all()
     assert 0.1 < min(shares) < max(shares) < 0.4
     assert len(set(shares)) > 1
+
+
+def test_at_the_edges_nobodys_pixels_are_reflected():
+    """As the picture is, whose colours at the edge are nobody's, too."""
+    label = two_objects()
+    label[0, :20], label[0, -20:], label[0, :, :20], label[0, :, -20:] = 255, 255, 255, 255
+    for seed in range(6):
+        video = moving(Still(label), seed)
+        for t in (0, 7):
+            mask = video.mask(t)
+            edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+            assert set(np.unique(edge)) <= {1, 2, 255}
 
 
 def test_objects_hide_one_another_in_either_order():

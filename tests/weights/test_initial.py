@@ -25,7 +25,7 @@ MOBILE = CFBI(**SMALL, backbone="mobilenet_v2")
 def random(monkeypatch):
     """The variables that the rest of a network is taken from; nothing to compile."""
     monkeypatch.setattr(initial, "initial_variables", random_variables)
-    return random_variables(MOBILE, seed=0)
+    return random_variables(MOBILE, seed=3)
 
 
 def backbone(variables):
@@ -101,7 +101,7 @@ def save_pth(path, state):
 
 def test_torchvision_backbone(tmp_path, random):
     path = save_pth(tmp_path / "mobilenet.pth", torchvision_mobilenet_state())
-    found = initial_checkpoint(MOBILE, path, seed=0)
+    found = initial_checkpoint(MOBILE, path, seed=3)
     assert found.image_format == IMAGENET_FORMAT
     _, full = convert_state_dict(recipe.recipe_state_dict("mbv2_cfbi"))
     assert_same(backbone(found.variables), backbone(full))
@@ -183,7 +183,7 @@ def npz(tmp_path):
 
 
 def test_folded_mobilenet_is_that_of_numpy(npz, random):
-    checkpoint = initial_checkpoint(MOBILE, str(npz), seed=0)
+    checkpoint = initial_checkpoint(MOBILE, str(npz), seed=3)
     assert_rest_is_random(checkpoint, random)
     assert jax.tree.structure(checkpoint.variables) == jax.tree.structure(random)
     assert {leaf.dtype for leaf in jax.tree.leaves(checkpoint.variables)} == {np.dtype("float32")}
@@ -202,7 +202,7 @@ def test_folded_mobilenet_is_that_of_numpy(npz, random):
     for number, stride in ((1, 1), (2, 2), (3, 1)):
         expected = slow_block(expected, arrays, number, stride)
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(found[0], expected, atol=1e-3)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
     # A deep block is where it belongs.
     kernel = checkpoint.variables["params"]["deeplab"]["backbone"]["block16"]["expand_conv"]
