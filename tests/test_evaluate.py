@@ -269,6 +269,20 @@ def test_masks_of_an_earlier_run_do_not_enter_the_zip(config, tmp_path):
     assert not stale.exists()
 
 
+def test_truth_that_breaks_meanwhile_costs_the_scores_alone(config, davis, tmp_path):
+    """The submission is packed before; the command repeated scores what is there."""
+    out, truth = tmp_path / "out", davis / "Annotations/480p/synthetic-0000/00002.png"
+    evaluation, whole = evaluate.prepare(config, out), truth.read_bytes()
+    truth.write_bytes(whole[:30])
+    with pytest.raises(BadFile, match="00002"):
+        evaluate.run(evaluation)
+    assert len(zipfile.ZipFile(out / "submission.zip").namelist()) == 2 * FRAMES
+    truth.write_bytes(whole)
+    times = times_of(out / "Annotations")
+    assert run(config, out) is not None
+    assert times_of(out / "Annotations") == times
+
+
 def test_first_masks_only_is_not_scored(config, davis, tmp_path):
     for path in (davis / "Annotations/480p").rglob("*.png"):
         if path.name != "00000.png":

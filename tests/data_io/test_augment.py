@@ -19,7 +19,9 @@ def any_view(reference, seed, **changes):
 # ---- The view ----
 
 
-@pytest.mark.parametrize("shape, scaled", [((480, 854), (480, 854)), ((45, 30), (90, 60))])
+@pytest.mark.parametrize(
+    "shape, scaled", [((480, 854), (480, 854)), ((45, 30), (90, 60)), ((48, 86), (55, 99))]
+)
 def test_the_short_edge_is_scaled(shape, scaled):
     view = any_view(np.zeros(shape, np.uint8), 0, short_edge=min(scaled))
     assert view.size == scaled

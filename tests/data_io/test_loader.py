@@ -106,6 +106,12 @@ def test_clips_differ_by_number_and_seed():
     assert len(pictures) == 20
 
 
+def test_clips_of_the_same_video_differ_by_seed():
+    video = SyntheticVideos(0, num_videos=1, num_frames=8, size=(48, 64), max_objects=2)
+    drawn = [[Clips([(video, 1)], OPTIONS, seed)[i].frames for i in range(3)] for seed in (0, 1)]
+    assert not any(np.array_equal(*clips) for clips in zip(*drawn, strict=True))
+
+
 @pytest.mark.parametrize("hosts", [2, 3])
 def test_hosts_share_every_batch(hosts):
     clips = synthetic_clips()

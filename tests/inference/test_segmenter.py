@@ -115,6 +115,14 @@ def test_empty_first_mask_is_a_reference_of_background(segmenter):
     assert np.abs(found[3][1] - without[3][1]).max() > 1e-6  # frame 0 counts as a reference
 
 
+def test_before_there_is_an_object_nothing_is_predicted():
+    segmenter = small_segmenter()
+    masks = {0: np.zeros((40, 56), np.uint8), 2: mask_of(BOXES)}
+    found = list(segmenter.segment(random_video(3), masks))
+    np.testing.assert_array_equal(found, [masks[0], masks[0], masks[2]])
+    assert segmenter.programs.num_compilations == 1  # embedding
+
+
 def test_padding_to_max_objects_changes_nothing():
     frames, masks = random_video(3), {0: mask_of(BOXES)}
     expected = list(small_segmenter().segment(frames, masks, True))

@@ -123,6 +123,16 @@ def test_instance_vector(name, references):
     assert_close(found[0], OPS[name], 1e-5)
 
 
+def test_mean_embedding_of_a_single_pixel():
+    """Sums are divided by the count plus 1e-5, as released: rows of few pixels feel it."""
+    embedding = jnp.full((1, 1, 1, 2, 3), 7.0)
+    label = jnp.array([[[[0, 1]]]], jnp.uint8)
+    inside, outside = attention.masked_means(embedding, label, jnp.ones((1, 1)), 3)
+    one, two = 7 / (1 + 1e-5), 14 / (2 + 1e-5)
+    for found, expected in ((inside, [one, one, 0]), (outside, [one, one, two])):
+        np.testing.assert_allclose(found[0], np.outer(expected, np.ones(3)), rtol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_resize(method):
     tried = 0
