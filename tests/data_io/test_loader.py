@@ -187,6 +187,12 @@ def test_check_objects():
     with pytest.raises(ValueError, match="b: none of 12 clips shows an object of more than"):
         clips.check_objects(["a", "b"])
 
+    class OneOfTwo(Videos):
+        def video(self, index, rng):
+            return Video("v", empty=index == 0)
+
+    tiny_clips((OneOfTwo("v", 2), 1)).check_objects(["a"])
+
 
 # ---- Errors and ends ----
 

@@ -1,6 +1,7 @@
 """Memory: chunks change nothing but rounding, plans say what programs need, errors what helps."""
 
 import dataclasses
+import re
 from unittest import mock
 
 import jax
@@ -189,6 +190,24 @@ def test_more_than_the_default_budget_is_told(monkeypatch, caplog):
     monkeypatch.setattr(memory, "CPU_BUDGET", 200 * 2**20)
     list(small_segmenter().segment(random_video(3), {0: FOUR_OBJECTS}))
     assert not warnings()
+
+
+@pytest.mark.parametrize(
+    "rate, dtype, size", [(1, "float32", 4), (2, "float32", 4), (1, "float16", 2)]
+)
+def test_the_memory_told_counts_references(caplog, rate, dtype, size):
+    """What they take themselves, and three sorted copies of the pixels that matching looks at."""
+    options = Options(memory_mib=1, global_atrous_rate=rate, matching_dtype=dtype)
+    budget = cfbi_jax.VideoSegmenter(*small_network(), IMAGENET_FORMAT, options).programs.budget
+    features = (tuple(jax.ShapeDtypeStruct((1, 61, 81, c), np.float32) for c in (16, 32)),)
+    told, held = [], []
+    for references in (32, 64):
+        budget.warn(features, (240, 320), 3, references)
+        told.append(int(re.search(r"takes about (\d+) MiB", caplog.messages[-1])[1]))
+        held.append(budget.held(features, (240, 320), references)["references"])
+    looked_at = 32 * 61 * 81 / rate**2
+    expected = (held[1] - held[0] + 3 * looked_at * 16 * size) / 2**20
+    assert told[1] - told[0] == pytest.approx(expected, abs=1) and expected > 14
 
 
 def test_a_wide_head_is_computed_in_parts():
