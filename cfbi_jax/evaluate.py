@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cfbi_jax.compilation import use_compilation_cache
+from cfbi_jax.config import default_config
 from cfbi_jax.data import davis, synthetic, youtube_vos
 from cfbi_jax.data.image_files import ids_in
 from cfbi_jax.data.sources import DATASETS
@@ -277,6 +278,14 @@ def _videos(data: ConfigDict) -> list[EvaluationVideo]:
         raise ValueError(
             f"config.data.all_frames is for YouTube-VOS; {data.dataset} has masks for all frames"
         )
+    if data.dataset == "youtube_vos":
+        usual = default_config().data
+        for name in ("year", "resolution"):
+            if data[name] != usual[name]:
+                raise ValueError(
+                    f"config.data.{name} is for DAVIS; of YouTube-VOS config.data.root has one "
+                    "edition, as it is"
+                )
     names = split_names(data.sequences) or None
     if data.sequences and not names:
         raise ValueError(f"config.data.sequences is {data.sequences!r}; expected names")

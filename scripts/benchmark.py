@@ -82,6 +82,9 @@ POSITIVE = (
     "budget_mib",
     "jobs",
 )
+# What `plan` takes for a video, and for a training step.
+OF_A_VIDEO = ("size", "references", "budget_mib", "scales", "flip")
+OF_A_STEP = ("crop", "batch", "accumulate", "remat")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -172,7 +175,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--train", action="store_true", help="a training step instead")
     add_training(command)
     command.add_argument("--measure", action="store_true", help="run it, too, and compare")
-    return check(parser.parse_args(arguments))
+    given = parser.parse_args(arguments)
+    if given.command == "plan":
+        refuse_the_other_kind(given, command)
+    return check(given)
+
+
+def refuse_the_other_kind(given: argparse.Namespace, command: argparse.ArgumentParser) -> None:
+    """Errors: ValueError for flags of a video in the plan of a step, or the other way round."""
+    for name in OF_A_VIDEO if given.train else OF_A_STEP:
+        if getattr(given, name) != command.get_default(name):
+            flag = name.replace("_", "-")
+            planned = "a training step" if given.train else "a video (--train plans a step)"
+            raise ValueError(f"--{flag} has no effect on {planned}; expected no --{flag}")
 
 
 def check(arguments: argparse.Namespace) -> argparse.Namespace:

@@ -294,10 +294,18 @@ def test_bad_batches(benchmark, arguments, message):
         benchmark.train.check_batch(benchmark.parse_arguments(["train", *arguments]), devices=1)
 
 
-@pytest.mark.parametrize("flags", [("--budget-mib", "9"), ("--flip",)])
+@pytest.mark.parametrize(
+    "flags", [("--budget-mib", "9"), ("--flip",), ("--scales", "1", "2"), ("--size", "96x160")]
+)
 def test_flags_that_a_plan_of_a_step_does_not_know(run, flags):
     with pytest.raises(ValueError, match=f"{flags[0]} has no effect on a training step"):
         run("plan", "--train", *flags)
+
+
+@pytest.mark.parametrize("flags", [("--remat", "all"), ("--batch", "8"), ("--crop", "81")])
+def test_flags_that_a_plan_of_a_video_does_not_know(run, flags):
+    with pytest.raises(ValueError, match=f"{flags[0]} has no effect on a video .--train plans"):
+        run("plan", *flags)
 
 
 def test_too_many_objects(run):

@@ -442,6 +442,14 @@ def test_all_frames_are_asked_for_where_they_are_anyway(config, tmp_path):
         evaluate.prepare(config, tmp_path / "out")
 
 
+@pytest.mark.parametrize("field, value", [("year", 2019), ("resolution", "Full-Resolution")])
+def test_what_is_davis_own_does_nothing_for_youtube_vos(config, tmp_path, field, value):
+    config.data.dataset = "youtube_vos"
+    config.data[field] = value
+    with pytest.raises(ValueError, match=rf"config\.data\.{field} is for DAVIS"):
+        evaluate.prepare(config, tmp_path / "out")
+
+
 def test_overlays_of_finished_videos(config, davis, tmp_path):
     out = tmp_path / "out"
     run(config, out)

@@ -5,6 +5,7 @@ of a pixel is the id of its object, 0 is background. A file that is not what it 
 error here, naming the file, rather than a strange result later.
 """
 
+import collections
 import io
 import itertools
 import re
@@ -60,8 +61,8 @@ def list_frames(folder: Path | str) -> list[Path]:
 
     Errors: FileNotFoundError for a missing folder or one without pictures; ValueError for pictures
     of kinds that are not read, for two that differ in their suffix only, as their masks would have
-    the same name, and for a picture without a number among those that are named by one: a preview,
-    say, or a mask.
+    the same name, and for one whose name differs from the others' by more than its numbers: a
+    preview, say, or a mask.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,13 +80,12 @@ def list_frames(folder: Path | str) -> list[Path]:
     for path, following in itertools.pairwise(frames):
         if path.stem == following.stem:
             raise ValueError(f"{following}: the same frame as {path.name}; expected one of them")
-    for pattern in (r"\d+", r".*\d.*"):  # just a number; one somewhere
-        others = [path for path in frames if not re.fullmatch(pattern, path.stem, re.DOTALL)]
-        if others and len(others) < len(frames):
-            numbered = next(path for path in frames if path not in others)
-            raise ValueError(
-                f"{others[0]}: named otherwise than {numbered.name}; expected frames only"
-            )
+    patterns = [re.sub(r"\d+", "0", path.stem, flags=re.ASCII) for path in frames]
+    usual = collections.Counter(patterns).most_common(1)[0][0]
+    if any("0" in pattern for pattern in patterns) and len(set(patterns)) > 1:
+        numbered = frames[patterns.index(usual)]
+        other = next(path for path, x in zip(frames, patterns, strict=True) if x != usual)
+        raise ValueError(f"{other}: named otherwise than {numbered.name}; expected frames only")
     return frames
 
 
@@ -351,14 +351,16 @@ def shades_in(label: UInt8[np.ndarray, "height width"]) -> str:
     In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
     """
     ids = ids_in(label)
+    white = 255 in ids
     ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
-    if len(ids) < 3:
+    if not len(ids):
         return ""
     kernel = np.ones((3, 3), np.uint8)
     inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
     only_in_edges = np.setdiff1d(ids, ids_in(label, inside.view(np.uint8)))
-    # Small ids may be real objects, barely visible; ids that jump to high values are shades.
-    suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
+    # Small ids may be real objects, barely visible; ids that jump to high values are shades, beside
+    # white even a single one.
+    suspicious = 12 if ids[-1] <= MAX_IDS_IN_MASK else 1 if white else 3
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
     if mostly_edges:
         return (

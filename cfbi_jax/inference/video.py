@@ -30,8 +30,9 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     """The RGB frames of a folder of pictures or of a video file, one at a time.
 
     A folder's frames come in the order of the numbers in their names; their sizes are checked
-    here, before the first one is read. A video file is turned upright if it says how; a picture
-    that is to be turned (EXIF) is an error, as masks drawn on the turned one would not fit.
+    here, before the first one is read. A video file is turned upright if it says how; one that
+    players mirror (mp4), and a picture that viewers turn (EXIF), is an error, as masks drawn on
+    what they show would not fit.
 
     Errors: FileNotFoundError for a missing source or an empty folder; ValueError for a file that is
     no video or picture or is cut short (mp4 and AVI), a damaged frame, a picture of another size,
@@ -53,6 +54,7 @@ def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such folder of frames or video file")
     _check_complete(source)
+    _check_not_mirrored(source)
     capture = open_video(source)
     if not capture.isOpened():
         raise ValueError(f"{source}: no video that can be read; expected e.g. an mp4 file")
@@ -69,21 +71,51 @@ def _check_complete(path: Path) -> None:
     """Raises ValueError for an mp4 or AVI file that ends before its last part does."""
     length, end = path.stat().st_size, 0
     with path.open("rb") as file:
-        start = file.read(16)
-        if start[:4] == b"RIFF":
-            size = int.from_bytes(start[4:8], "little")
-            end = 0 if size == 0xFFFFFFFF else 8 + size  # not known while it was written
-        elif start[4:8] == b"ftyp":
-            # Box after box: size, name, content. Cameras put other things behind the last one.
-            while end < length and _BOX_NAME.fullmatch(start[4:8]):
-                size = int.from_bytes(start[:4], "big")
-                if size == 1:
-                    size = int.from_bytes(start[8:16], "big")
-                end = end + size if size >= 8 else length  # 0: up to the end of the file
-                file.seek(end)
-                start = file.read(16)
+        start = file.read(8)
+    if start[:4] == b"RIFF":
+        size = int.from_bytes(start[4:], "little")
+        end = 0 if size == 0xFFFFFFFF else 8 + size  # not known while it was written
+    end = max((end for _, _, end in _boxes(path)), default=end)
     if end > length:
         raise ValueError(f"{path}: cut short; it has {length} bytes, expected {end}")
+
+
+def _boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first and last byte (exclusive) of every outermost box of an mp4 file; else none."""
+    length, begin = path.stat().st_size, 0
+    with path.open("rb") as file:
+        start = file.read(16)
+        # Box after box: size, name, content. Cameras put other things behind the last one.
+        while start[4:8] == b"ftyp" if begin == 0 else _BOX_NAME.fullmatch(start[4:8]):
+            size = int.from_bytes(start[:4], "big")
+            if size == 1:
+                size = int.from_bytes(start[8:16], "big")
+            end = begin + size if size >= 8 else length  # 0: up to the end of the file
+            yield start[4:8], begin, end
+            if end >= length:
+                return
+            begin = end
+            file.seek(begin)
+            start = file.read(16)
+
+
+def _check_not_mirrored(path: Path) -> None:
+    """Raises ValueError for an mp4 file that players show mirrored: OpenCV turns it only."""
+    index = b""
+    with path.open("rb") as file:
+        for name, begin, end in _boxes(path):
+            if name == b"moov":
+                file.seek(begin)
+                index = file.read(end - begin)
+    for header in re.finditer(rb"tkhd([\0\1])", index):
+        # Version 1 has times of 8 bytes; then comes a matrix of 9 numbers, row by row.
+        matrix = header.start() + (56 if header[1] == b"\1" else 44)
+        a, b, _, c, d = np.frombuffer(index[matrix : matrix + 20], ">i4").tolist()
+        if a * d < b * c:
+            raise BadFile(
+                f"{path}: players mirror this video, and only turns are read; expected it encoded "
+                "as it is shown (ffmpeg -i IN OUT.mp4)"
+            )
 
 
 def _decode_video(

@@ -86,10 +86,6 @@ def plan_inference(arguments: argparse.Namespace) -> Measured:
 
 def plan_training(arguments: argparse.Namespace) -> Measured:
     """A step on clips that all have the objects."""
-    for name in ("budget_mib", "flip"):
-        if getattr(arguments, name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} has no effect on a training step; expected no --{flag}")
     check_batch(arguments, 1)
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
     options, tx = step_options(arguments), make_optimizer()

@@ -100,6 +100,33 @@ def test_the_boxes_of_an_mp4_file(tmp_path, wide):
     video._check_complete(tmp_path / "open.mp4")
 
 
+def turned(a, b, c, d, version):
+    """An mp4 file's index whose track is shown by this matrix."""
+    one = 1 << 16
+    matrix = b"".join(x.to_bytes(4, "big", signed=True) for x in (a * one, b * one, 0))
+    matrix += b"".join(x.to_bytes(4, "big", signed=True) for x in (c * one, d * one, 0, 9, 9, 1))
+    times = bytes(32 if version else 20)
+    header = bytes([0, 0, 0, 92 + 12 * version]) + b"tkhd" + bytes([version, 0, 0, 3]) + times
+    header += bytes(16) + matrix + bytes(8)
+    index = (16 + len(header)).to_bytes(4, "big") + b"moov"
+    index += (8 + len(header)).to_bytes(4, "big") + b"trak" + header
+    return bytes([0, 0, 0, 12]) + b"ftypisom" + index + bytes([0, 0, 0, 12]) + b"mdatdata"
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_mirrored_video_is_refused(tmp_path, version):
+    """OpenCV turns frames as an mp4 file asks, and leaves mirroring out."""
+    path = tmp_path / "clip.mp4"
+    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)):  # turns
+        path.write_bytes(turned(*matrix, version))
+        video._check_complete(path)
+        video._check_not_mirrored(path)
+    for matrix in ((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)):
+        path.write_bytes(turned(*matrix, version))
+        with pytest.raises(ValueError, match=r"clip\.mp4: players mirror this video"):
+            video.read_frames(path)
+
+
 def test_a_damaged_frame_is_no_end(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
     write_clip(tmp_path / "clip.avi", frames)
