@@ -226,6 +226,8 @@ def _kernel_gradient(
     XLA transposes its first operand element by element, and computes what led to it once more in
     that order; operands of a loop are computed before it, and a few images fit the cache.
     """
+    # Half precision would stop growing: it rounds what a hundred images add away.
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     batch, height, width, _ = gradient.shape
     chunk = max(1, min(GRADIENT_PIXELS // (height * width), -(-batch // 2)))
 
@@ -236,14 +238,15 @@ def _kernel_gradient(
     def add(total, images):
         x, gradient = images
         products = [
-            jnp.einsum("bhwo,bhwi->oi", gradient, window)
+            jnp.einsum("bhwo,bhwi->oi", gradient, window, preferred_element_type=dtype)
             for window in _windows(x, kernel_size, stride, dilation, margins)
         ]
         return total + jnp.stack(products), None
 
     taps = kernel_size[0] * kernel_size[1]
-    total = jnp.zeros((taps, gradient.shape[-1], x.shape[-1]), x.dtype)
+    total = jnp.zeros((taps, gradient.shape[-1], x.shape[-1]), dtype)
     total, _ = jax.lax.scan(add, total, (chunks(x), chunks(gradient)))
+    total = total.astype(x.dtype)
     return jnp.swapaxes(total, 1, 2).reshape(*kernel_size, x.shape[-1], gradient.shape[-1])
 
 

@@ -148,6 +148,26 @@ def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, paddin
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+def test_kernel_gradients_of_many_images_in_half_precision(side):
+    """Against float32 of the same numbers: rounded once, not with every image."""
+    x = np.abs(random(80, 64, 64, 3)).astype(jnp.bfloat16)
+    gradient = (random(80, 64, 64, 2, seed=1) + 0.3).astype(jnp.bfloat16)
+    kernel = random(side, side, 3, 2, seed=2).astype(jnp.bfloat16)
+
+    @jax.jit
+    def kernel_gradient(*arrays):
+        x, kernel, gradient = arrays
+        return jax.vjp(lambda k: convolutions.conv2d(x, k, padding=side // 2), kernel)[1](gradient)[
+            0
+        ]
+
+    found = kernel_gradient(x, kernel, gradient)
+    exact = kernel_gradient(*(jnp.float32(a) for a in (x, kernel, gradient)))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(found), exact, rtol=2**-8)
+
+
 @pytest.mark.parametrize("groups, mean", [(4, 0.0), (4, 30.0), (8, 0.0), (1, 2.0)])
 def test_group_norm_is_flaxs(groups, mean):
     """And its gradients; a mean of many standard deviations costs no precision."""
