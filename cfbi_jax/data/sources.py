@@ -30,12 +30,18 @@ def clip_source(
       records: folder of the records; "": `~/.cache/cfbi_jax/records` (or below XDG_CACHE_HOME).
       max_objects, seed: of synthetic videos, which have 10 objects at most.
 
-    Errors: ValueError for an unknown data set, and those of `training_files` and `prepare`.
+    Errors: ValueError for an unknown data set and for choices that it does not have, and those of
+    `training_files` and `prepare`.
     """
     field = f"config.sources.{name}"
     dataset = source["dataset"]
     if dataset not in DATASETS:
         raise ValueError(f'{field}.dataset is "{dataset}"; expected one of {DATASETS}')
+    if source["full_resolution"] and dataset != "davis":
+        raise ValueError(
+            f"{field}.full_resolution is True, and dataset is {dataset}; expected davis, which has "
+            "pictures of several sizes"
+        )
     if dataset == "synthetic":
         for choice in ("sequences", "exclude"):
             if source[choice]:

@@ -185,11 +185,13 @@ def _train(training: Training, stack: contextlib.ExitStack) -> None:
 
         logs = every(step, config.log_every_steps) or step == last_step
         if logs:
+            dispatched = time.perf_counter()
             logged = jax.device_get(metrics)
+            behind = time.perf_counter() - dispatched
             _check_finite(training, state)
             if reports:
                 logged |= {"learning_rate": rate(step - 1), "rows": rows}
-                reports.log(step, logged | pace.metrics() | peak_memory())
+                reports.log(step, logged | pace.metrics(behind) | peak_memory())
         elif every(step, CHECK_EVERY):
             _check_finite(training, state)
         if reports and every(step, config.picture_every_steps):

@@ -142,7 +142,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Training:
 
 def used_sources(config: ConfigDict) -> dict[str, ConfigDict]:
     """`config.sources` without those of weight 0, each with all fields. Raises ValueError where
-    there are none, and for one with other fields than those of `config.source`."""
+    there are none, and for one with a weight below 0 or other fields than `config.source`'s."""
     used = {}
     for name, given in config.sources.items():
         try:
@@ -152,6 +152,8 @@ def used_sources(config: ConfigDict) -> dict[str, ConfigDict]:
             raise ValueError(
                 f"config.sources.{name}: {said}; expected cfbi_jax.config.source(...)"
             ) from error
+        if filled.weight < 0:
+            raise ValueError(f"config.sources.{name}.weight is {filled.weight}; expected 0 or more")
         if filled.weight:
             used[name] = filled
     if not used:
@@ -222,12 +224,12 @@ def _check_config(config: ConfigDict, begun: bool) -> None:
                 f"config.model.{field} is float16, in which gradients vanish where the loss is not "
                 "scaled, and it is not; expected bfloat16 or float32"
             )
-    for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints"):
+    for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints", "threads"):
         if config[name] < 1:
             raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
     if config.seed >= 2**32:
         raise ValueError(f"config.seed is {config.seed}; expected less than 2**32")
-    at_least_0 = ("seed", "workers", "threads", "learning_rate", "min_learning_rate")
+    at_least_0 = ("seed", "workers", "profile_at_step", "learning_rate", "min_learning_rate")
     at_least_0 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps")
     for name in (*at_least_0, "picture_every_steps", "warmup_steps", "weight_decay"):
         if not 0 <= config[name] < math.inf:

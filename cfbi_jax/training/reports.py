@@ -20,8 +20,9 @@ from cfbi_jax.weights.checkpoint import Checkpoint
 
 LOGGER = logging.getLogger(__name__)
 
-# Share of the time in waiting for data from which on a warning comes, once.
-STARVING = 0.5
+# Share of the time in waiting for data from which on a warning comes, once, unless the device is
+# this many steps behind: then it works while the host waits.
+STARVING, BEHIND = 0.5, 2
 NO_TRUTH = -1.0  # J&F where no truth is public: the newest weights count as the best
 
 
@@ -39,7 +40,7 @@ def peak_memory() -> dict[str, float]:
 
 
 class Pace:
-    """How fast the steps since the last `restart` were; warns once if most of it was waiting."""
+    """How fast the steps since the last `restart` were; warns once if the device starves."""
 
     def __init__(self, config: ConfigDict):
         self._clips, self._workers = config.batch_size, config.workers
@@ -59,12 +60,16 @@ class Pace:
     def seconds(self) -> float:
         return time.perf_counter() - self._since
 
-    def metrics(self) -> dict[str, float]:
-        """Clips per second, and seconds per step of waiting; nothing where there was no step."""
+    def metrics(self, behind: float) -> dict[str, float]:
+        """Clips per second, and seconds per step of waiting; nothing where there was no step.
+
+        behind: seconds that the device still took for the last of these steps.
+        """
         if not self._steps:
             return {}
         seconds = self.seconds
-        if self._waited > STARVING * seconds and not self._told:
+        busy = behind > BEHIND * seconds / self._steps
+        if self._waited > STARVING * seconds and not busy and not self._told:
             self._told = True
             LOGGER.warning(
                 "%.0f %% of the time goes into waiting for clips; more config.workers than %d help "

@@ -181,6 +181,8 @@ def test_bad_fields(tmp_path, davis_root):
         make(tmp_path, dataset="davis", root=str(davis_root), exclude="dog")
     with pytest.raises(ValueError, match="exclude is 'dog', and dataset is synthetic"):
         make(tmp_path, dataset="synthetic", exclude="dog")
+    with pytest.raises(ValueError, match="full_resolution is True, and dataset is youtube_vos"):
+        make(tmp_path, dataset="youtube_vos", root=str(davis_root), full_resolution=True)
     assert not (tmp_path / "records").exists()
 
 

@@ -208,6 +208,14 @@ def half_precision(config, root):
     config.model.compute_dtype = "float16"
 
 
+def no_threads(config, root):
+    config.threads = 0
+
+
+def negative_weight(config, root):
+    config.sources.davis.weight = -1
+
+
 def no_windows(config, root):
     config.model.windows = ()
 
@@ -343,6 +351,8 @@ def masks_over_the_truth(config, root):
         (dropout_of_all, ["dropout is 1.0; expected 0 or more, below 1"]),
         (half_precision, ["compute_dtype is float16, in which gradients vanish"]),
         (no_windows, ["windows is (); expected 1 or more"]),
+        (no_threads, ["config.threads is 0; expected 1 or more"]),
+        (negative_weight, ["config.sources.davis.weight is -1; expected 0 or more"]),
         (void_masks, ["config.sources.davis: none of 4 clips", "set year=2016"]),
         (void_masks_beside_others, ["config.sources.own: none of 4 clips", "set year=2016"]),
         (

@@ -6,22 +6,28 @@ from cfbi_jax.training import reports
 
 
 def test_pace(monkeypatch, caplog):
-    """Clips per second and waiting since the last restart; one warning, about more than half."""
+    """Clips per second and waiting since the last restart; one warning, about more than half, and
+    none where the device is steps behind: loading at 0.6 of its time, say."""
     now = 100.0
     monkeypatch.setattr(reports.time, "perf_counter", lambda: now)
     pace = reports.Pace(ConfigDict({"batch_size": 6, "workers": 3}))
-    assert pace.metrics() == {}
+    assert pace.metrics(0.0) == {}
     for waited in (0.5, 2.5):  # of 8 seconds
         pace.step(waited)
     now += 8
-    assert pace.metrics() == {"clips_per_second": 6 * 2 / 8, "data_wait": 1.5}
+    assert pace.metrics(0.0) == {"clips_per_second": 6 * 2 / 8, "data_wait": 1.5}
+    pace.restart()
+    assert pace.metrics(0.0) == {}
+    for _ in range(10):
+        pace.step(0.6)
+    now += 10
+    assert pace.metrics(4.0)["data_wait"] == pytest.approx(0.6)
     assert not caplog.messages
     pace.restart()
-    assert pace.metrics() == {}
     for _ in range(2):
         pace.step(3.0)
         now += 4
-        assert pace.metrics()["data_wait"] == 3.0
+        assert pace.metrics(1.0)["data_wait"] == 3.0
     (warning,) = caplog.messages
     assert "75 % of the time" in warning and "config.workers than 3" in warning
 
