@@ -220,6 +220,14 @@ def test_a_wide_head_is_computed_in_parts():
     assert chunks.rows_at_once is not None
 
 
+def test_lines_are_those_of_the_height():
+    """4,000 short lines, of which hundreds fit; of 100 long ones two dozen would."""
+    budget = small_segmenter(memory_mib=60).programs.budget
+    shapes = [jax.ShapeDtypeStruct((1, 251, 9, c), np.float32) for c in (16, 32)]
+    chunks = budget.chunks((tuple(shapes),), (4000, 100), 13, 1)
+    assert 100 < chunks.lines_at_once < 4000
+
+
 def test_plan_over_budget_says_what_helps():
     with pytest.raises(ValueError, match="memory_mib is 1; .*max_long_edge") as raised:
         small_segmenter(memory_mib=1).plan((400, 560), num_objects=2)
