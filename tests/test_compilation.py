@@ -147,14 +147,17 @@ def on_a_gpu(monkeypatch):
 
 
 def check_for_gpus(jitted, *arguments, **static):
-    """That it can be handed to a GPU's compiler: no operation is known to CPUs alone, and no
-    product is in TF32, which is what none but the highest precision means there."""
+    """That it can be handed to a GPU's compiler: no operation is known to CPUs alone, no product is
+    in TF32, which is what none but the highest precision means there, and no sum in half precision,
+    in which GPUs would add."""
     lowered = jitted.trace(*arguments, **static).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert "custom_call" not in text
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", text)
     assert len(products) > 10
     assert not [line for line in products if "HIGHEST" not in line]
+    sums = re.findall(r"stablehlo\.reduce\(.*applies stablehlo\.add.*", text)
+    assert sums and not [line for line in sums if re.search("tensor<b?f16>", line)]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
 
 

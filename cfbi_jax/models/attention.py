@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 # PyTorch's default for linear layers, which the authors left as it is.
@@ -57,12 +56,11 @@ class Gate(nn.Module):
     """Channel gate `1 + tanh(W v + c)` from the instance vector v (paper Fig. 4)."""
 
     features: int
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, vector: Float[Array, "n d"]) -> Float[Array, "n 1 1 features"]:
         gate = nn.Dense(self.features, kernel_init=DENSE_INIT, name="linear")(vector)
-        return (1 + jnp.tanh(gate))[:, None, None, :].astype(self.dtype)
+        return (1 + jnp.tanh(gate))[:, None, None, :]
 
 
 class DynamicLogit(nn.Module):

@@ -35,7 +35,7 @@ def conv2d(
         if kernel.shape[:2] == (1, 1) and padding == 0 and not depthwise:
             kernels = (scale[:, 0, 0, :, None] * kernel[0, 0]).astype(x.dtype)
             return _pointwise_by_image(x[:, ::stride, ::stride], kernels)
-        x = x * scale.astype(x.dtype)
+        x = x * everywhere(scale, x)
     if depthwise:
         return _depthwise(x, kernel, stride, dilation, (padding, padding))
     margins = [padding, padding]
@@ -46,6 +46,32 @@ def conv2d(
     if kernel.shape[:2] == (1, 1) and margins == [0, 0]:
         return _pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     return _convolve(x, kernel, stride, dilation, tuple(margins))
+
+
+def everywhere(x: Float[Array, "..."], like: Float[Array, "b h w c"]) -> Float[Array, "..."]:
+    """`x` in the type of `like`, to be added to all its pixels or multiplied by them.
+
+    Its gradient is a sum over pixels, for which half precision would not do: it stops growing. XLA
+    adds in the type that it is given (on GPUs from NVIDIA's Hopper on), so here that is float32.
+    """
+    if like.dtype == jnp.float32:
+        return x.astype(jnp.float32)
+    return _everywhere(x, like.shape, like.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _everywhere(x, shape, dtype):
+    return jnp.broadcast_to(x.astype(dtype), shape)
+
+
+def _everywhere_backward(shape, dtype, x, gradient):
+    in_float32 = x.astype(jnp.float32)
+    spread = jax.linear_transpose(lambda x: jnp.broadcast_to(x, shape), in_float32)
+    (total,) = spread(gradient.astype(jnp.float32))
+    return (total.astype(x.dtype),)
+
+
+_everywhere.defvjp(lambda x, shape, dtype: (_everywhere(x, shape, dtype), x), _everywhere_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -174,7 +200,8 @@ _pointwise_by_image.defvjp(
 def _depthwise(x, kernel, stride, dilation, margins):
     windows = _windows(x, kernel.shape[:2], stride, dilation, margins)
     taps = kernel.reshape(-1, kernel.shape[-1])
-    return sum(window * tap for window, tap in zip(windows, taps, strict=True))
+    products = [x * everywhere(tap, x) for x, tap in zip(windows, taps, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def _depthwise_forward(x, kernel, stride, dilation, margins):
@@ -196,13 +223,14 @@ def _depthwise_backward(stride, dilation, margins, residuals, gradient):
                 lambda x: _depthwise.fun(x, kernel, **geometry), x
             )(gradient)
             windows = _windows(x, kernel.shape[:2], stride, dilation, margins)
-            sums = [jnp.sum((window * gradient)[0], axis=0) for window in windows]
+            sums = [jnp.sum((window * gradient)[0], axis=0, dtype=dtype) for window in windows]
             return total + jnp.stack(sums), input_gradient[0]
 
+        dtype = jnp.promote_types(x.dtype, jnp.float32)  # as in `_kernel_gradient`
         taps = kernel.shape[0] * kernel.shape[1]
-        total = jnp.zeros((taps, *gradient.shape[2:]), kernel.dtype)
+        total = jnp.zeros((taps, *gradient.shape[2:]), dtype)
         total, input_gradient = jax.lax.scan(add, total, (x, gradient))
-        return input_gradient, jnp.sum(total, axis=1).reshape(kernel.shape)
+        return input_gradient, jnp.sum(total, axis=1).reshape(kernel.shape).astype(kernel.dtype)
 
     geometry = dict(stride=stride, dilation=dilation, margins=margins)
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=by_images, default=by_xla)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from cfbi_jax.models.convolutions import everywhere
 from cfbi_jax.models.layers import Conv, FrozenBatchNorm, ResizedConv, dropout
 from cfbi_jax.models.mobilenet_v2 import MobileNetV2
 from cfbi_jax.models.resnet import ResNet
@@ -59,6 +60,7 @@ class Aspp(nn.Module):
             branches.append(branch(x))
         pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
         pooled = ConvBnRelu(self.features, dtype=self.dtype, name="pooling")(pooled)
+        pooled = everywhere(pooled, branches[0])
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = jnp.concatenate(branches, axis=-1)
         x = ConvBnRelu(self.features, dtype=self.dtype, name="project")(x)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from cfbi_jax.models.attention import DynamicLogit, Gate, StaticLogit
+from cfbi_jax.models.convolutions import everywhere
 from cfbi_jax.models.deeplab import ASPP_DILATIONS
 from cfbi_jax.models.layers import (
     Conv,
@@ -64,7 +65,7 @@ class ResBlock(nn.Module):
             shortcut = Conv(self.features, stride=self.stride, dtype=dtype, name="downsample_conv")
             x = _norm(shortcut(x, gate), dtype, "downsample_norm")
         else:
-            x = x * gate.astype(dtype)
+            x = x * everywhere(gate, x)
         return computed_once(nn.relu(x + y))
 
 
@@ -104,6 +105,7 @@ class EnsemblerAspp(nn.Module):
             branches.append(branch(x))
         pooled = jnp.mean(x, axis=(1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
         pooled = nn.relu(Conv(width, dtype=self.dtype, name="pooling_conv")(pooled))
+        pooled = everywhere(pooled, branches[0])
         branches.append(jnp.broadcast_to(pooled, branches[0].shape))
         x = jnp.concatenate(branches, axis=-1)
         return GctConvNorm(self.features, dtype=self.dtype, name="project")(x)
@@ -152,7 +154,7 @@ class CollaborativeEnsembler(nn.Module):
             x = block(x, gate(x.shape[-1], f"gate{i}"))
             if i == STAGE_1_BLOCKS:
                 skip = low_level.astype(dtype), x
-        x = x * gate(x.shape[-1], "gate9").astype(dtype)
+        x = x * everywhere(gate(x.shape[-1], "gate9"), x)
         x = EnsemblerAspp(self.features, dtype, name="aspp")(x)
 
         energy = jnp.concatenate([channel_energy(part) for part in skip], axis=-1)
@@ -160,11 +162,12 @@ class CollaborativeEnsembler(nn.Module):
         skip = SplitConv(half // 2, dtype, name="skip_conv")(skip, gct)
         skip = nn.relu(_norm(skip, dtype, "skip_norm", limit=16))
         deep = x.shape[-1]
-        gate10 = gate(deep + skip.shape[-1], "gate10").astype(dtype)
-        x, skip = x * gate10[..., :deep], skip * gate10[..., deep:]
+        gate10 = gate(deep + skip.shape[-1], "gate10")
+        x = x * everywhere(gate10[..., :deep], x)
+        skip = skip * everywhere(gate10[..., deep:], skip)
         x = ResizedConv(half, "bicubic", dtype, name="conv1")(x, skip)
         x = nn.relu(_norm(x, dtype, "norm1"))
-        x = x * gate(half, "gate11").astype(dtype)
+        x = x * everywhere(gate(half, "gate11"), x)
         x = nn.relu(_norm(Conv(half, 3, dtype=dtype, name="conv2")(x), dtype, "norm2"))
         return LogitPair(name="logits")(x, vector)
 
@@ -185,7 +188,7 @@ class FeelvosHead(nn.Module):
         dtype = self.dtype
         for i in range(1, FEELVOS_LAYERS + 1):
             if vector is not None:
-                x = x * Gate(x.shape[-1], dtype, name=f"gate{i}")(vector)
+                x = x * everywhere(Gate(x.shape[-1], name=f"gate{i}")(vector), x)
             x = Conv(
                 x.shape[-1],
                 FEELVOS_KERNEL,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from cfbi_jax.models.convolutions import conv2d
+from cfbi_jax.models.convolutions import conv2d, everywhere
 from cfbi_jax.models.resizing import resized_conv2d
 
 NORM_EPSILON = 1e-5
@@ -53,7 +53,7 @@ class Conv(nn.Module):
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = y + everywhere(bias, y)
         return y
 
 
@@ -110,7 +110,8 @@ class FrozenBatchNorm(nn.Module):
         var = self.variable("frozen", "var", jnp.ones, shape).value
         factor = scale / jnp.sqrt(var + NORM_EPSILON)
         offset = bias - mean * factor
-        return x * factor.astype(self.dtype) + offset.astype(self.dtype)
+        x = x.astype(self.dtype)
+        return x * everywhere(factor, x) + everywhere(offset, x)
 
 
 class GroupNorm(nn.Module):

@@ -148,24 +148,45 @@ def test_gradients_of_convolution_are_xlas(kernel_size, stride, dilation, paddin
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("side", [1, 3])
-def test_kernel_gradients_of_many_images_in_half_precision(side):
+def test_kernel_gradients_of_many_images_in_half_precision(side, depthwise):
     """Against float32 of the same numbers: rounded once, not with every image."""
     x = np.abs(random(80, 64, 64, 3)).astype(jnp.bfloat16)
-    gradient = (random(80, 64, 64, 2, seed=1) + 0.3).astype(jnp.bfloat16)
-    kernel = random(side, side, 3, 2, seed=2).astype(jnp.bfloat16)
+    gradient = (random(80, 64, 64, 3, seed=1) + 0.3).astype(jnp.bfloat16)
+    kernel = random(side, side, 1 if depthwise else 3, 3, seed=2).astype(jnp.bfloat16)
 
     @jax.jit
-    def kernel_gradient(*arrays):
-        x, kernel, gradient = arrays
-        return jax.vjp(lambda k: convolutions.conv2d(x, k, padding=side // 2), kernel)[1](gradient)[
-            0
-        ]
+    def kernel_gradient(x, kernel, gradient):
+        def convolve(kernel):
+            return convolutions.conv2d(x, kernel, padding=side // 2, depthwise=depthwise)
+
+        return jax.vjp(convolve, kernel)[1](gradient)[0]
 
     found = kernel_gradient(x, kernel, gradient)
     exact = kernel_gradient(*(jnp.float32(a) for a in (x, kernel, gradient)))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(found), exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 1, 1, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sums_over_pixels_are_in_float32(shape, dtype):
+    """The gradients of what is added to all pixels, and of what they are multiplied by."""
+    x = (random(5, 90, 70, 8) + 0.3).astype(dtype)
+    gradient = (random(*x.shape, seed=1) + 0.3).astype(dtype)
+    small = random(*shape, seed=2)
+
+    def of(function):
+        found, transpose = jax.vjp(lambda s: function(x, convolutions.everywhere(s, x)), small)
+        assert found.dtype == dtype and found.shape == x.shape
+        expected = jax.vjp(lambda s: function(x.astype(jnp.float32), s), small)[1]
+        np.testing.assert_array_equal(found, function(x, small.astype(dtype)))
+        return transpose(gradient)[0], expected(gradient.astype(jnp.float32))[0]
+
+    for found, expected in (of(jnp.add), of(jnp.multiply)):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("groups, mean", [(4, 0.0), (4, 30.0), (8, 0.0), (1, 2.0)])
