@@ -283,8 +283,8 @@ def _videos(data: ConfigDict) -> list[EvaluationVideo]:
         for name in ("year", "resolution"):
             if data[name] != usual[name]:
                 raise ValueError(
-                    f"config.data.{name} is for DAVIS; of YouTube-VOS config.data.root has one "
-                    "edition, as it is"
+                    f"config.data.{name} is {data[name]!r}, which is for DAVIS; expected "
+                    f"{usual[name]!r}, the default (config.data.root has one edition)"
                 )
     names = split_names(data.sequences) or None
     if data.sequences and not names:

@@ -446,7 +446,7 @@ def test_all_frames_are_asked_for_where_they_are_anyway(config, tmp_path):
 def test_what_is_davis_own_does_nothing_for_youtube_vos(config, tmp_path, field, value):
     config.data.dataset = "youtube_vos"
     config.data[field] = value
-    with pytest.raises(ValueError, match=rf"config\.data\.{field} is for DAVIS"):
+    with pytest.raises(ValueError, match=rf"config\.data\.{field} is .*{value}.* is for DAVIS"):
         evaluate.prepare(config, tmp_path / "out")
 
 

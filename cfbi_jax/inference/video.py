@@ -24,6 +24,9 @@ LOGGER = logging.getLogger(__name__)
 # A video's place that cannot be read may be as long as this before it counts as the end.
 DAMAGED_FRAMES = 100
 _BOX_NAME = re.compile(rb"[ -~]{4}")
+# The header of an mp4 file's track: version, times (of 8 bytes in version 1), and the first five
+# numbers of the matrix by which it is shown, row by row.
+_TRACK_MATRIX = re.compile(rb"tkhd(?:\x00.{39}|\x01.{51})(.{20})", re.DOTALL)
 
 
 def read_frames(source: Path | str) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
@@ -107,10 +110,8 @@ def _check_not_mirrored(path: Path) -> None:
             if name == b"moov":
                 file.seek(begin)
                 index = file.read(end - begin)
-    for header in re.finditer(rb"tkhd([\0\1])", index):
-        # Version 1 has times of 8 bytes; then comes a matrix of 9 numbers, row by row.
-        matrix = header.start() + (56 if header[1] == b"\1" else 44)
-        a, b, _, c, d = np.frombuffer(index[matrix : matrix + 20], ">i4").tolist()
+    for matrix in _TRACK_MATRIX.findall(index):
+        a, b, _, c, d = np.frombuffer(matrix, ">i4").tolist()
         if a * d < b * c:
             raise BadFile(
                 f"{path}: players mirror this video, and only turns are read; expected it encoded "
