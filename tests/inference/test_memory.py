@@ -220,6 +220,14 @@ def test_a_wide_head_is_computed_in_parts():
     assert chunks.rows_at_once is not None
 
 
+def test_a_result_in_an_arguments_memory_takes_none():
+    def takes(**donated):
+        program = jax.jit(lambda x: x + 1, **donated).lower(jnp.zeros(1000)).compile()
+        return memory.working_bytes(program)
+
+    assert takes() - takes(donate_argnums=0) == 4000
+
+
 def test_lines_are_those_of_the_height():
     """4,000 short lines, of which hundreds fit; of 100 long ones two dozen would."""
     budget = small_segmenter(memory_mib=60).programs.budget

@@ -133,6 +133,13 @@ def test_mean_embedding_of_a_single_pixel():
         np.testing.assert_allclose(found[0], np.outer(expected, np.ones(3)), rtol=1e-6)
 
 
+def test_linear_layers_begin_as_pytorchs():
+    """Uniform within 1 / sqrt(inputs)."""
+    kernel = attention.DENSE_INIT(jax.random.key(0), (400, 300))
+    assert 0.999 < np.abs(kernel).max() * np.sqrt(400) <= 1
+    assert np.std(kernel) * np.sqrt(400) == pytest.approx(1 / np.sqrt(3), rel=0.01)
+
+
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 def test_resize(method):
     tried = 0
