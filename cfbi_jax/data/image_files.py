@@ -351,16 +351,14 @@ def shades_in(label: UInt8[np.ndarray, "height width"]) -> str:
     In an object some pixel has its own id all around it; a shade lives in one-pixel edges only.
     """
     ids = ids_in(label)
-    white = 255 in ids
     ids = ids[(ids != 0) & (ids != 255)]  # 255 is white or void in masks of any kind
-    if not len(ids):
+    if len(ids) < 3:
         return ""
     kernel = np.ones((3, 3), np.uint8)
     inside = cv2.erode(label, kernel) == cv2.dilate(label, kernel)
     only_in_edges = np.setdiff1d(ids, ids_in(label, inside.view(np.uint8)))
-    # Small ids may be real objects, barely visible; ids that jump to high values are shades, beside
-    # white even a single one.
-    suspicious = 12 if ids[-1] <= MAX_IDS_IN_MASK else 1 if white else 3
+    # Small ids may be real objects, barely visible; ids that jump to high values are shades.
+    suspicious = 3 if ids[-1] > MAX_IDS_IN_MASK else 12
     mostly_edges = len(only_in_edges) >= suspicious and 2 * len(only_in_edges) > len(ids)
     if mostly_edges:
         return (
