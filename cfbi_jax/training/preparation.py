@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,21 @@ SHARED_SECONDS = 60  # until a file of the first process is there on all hosts
 LOCK = "train.lock"  # in the work directory; held by the first process, and tells of it
 CALIBRATION_CLIPS = 16
 BATCHES_PER_WORKER = 4  # in shared memory at a time (measured), one more is being copied
+
+AT_LEAST_0 = ("seed", "workers", "learning_rate", "min_learning_rate", "warmup_steps")
+AT_LEAST_0 += ("weight_decay", "checkpoint_every_steps", "eval_every_steps", "log_every_steps")
+AT_LEAST_0 += ("picture_every_steps", "profile_at_step")
+AT_LEAST_1 = ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints", "threads")
+SHARES = ("sequential_start", "mining_end", "mask_errors_start")
+# Fields of the configuration, what their numbers have to be, and how an error says it.
+RANGES: Sequence[tuple[Sequence[str], Callable[[float], bool], str]] = (
+    (AT_LEAST_0, lambda value: 0 <= value < math.inf, "0 or more"),
+    (AT_LEAST_1, lambda value: value >= 1, "1 or more"),
+    (SHARES, lambda value: 0 <= value <= 1, "a share of all steps"),
+    (("seed",), lambda value: value < 2**32, "less than 2**32"),
+    (("max_gradient_norm",), lambda value: value > 0, "more than 0 (inf: no limit)"),
+    (("momentum",), lambda value: 0 <= value < 1, "0 or more, below 1"),
+)
 
 
 class Refused(OSError):
@@ -224,35 +239,24 @@ def _check_config(config: ConfigDict, begun: bool) -> None:
                 f"config.model.{field} is float16, in which gradients vanish where the loss is not "
                 "scaled, and it is not; expected bfloat16 or float32"
             )
-    for name in ("batch_size", "num_train_steps", "accumulate", "keep_checkpoints", "threads"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} is {config[name]}; expected 1 or more")
-    if config.seed >= 2**32:
-        raise ValueError(f"config.seed is {config.seed}; expected less than 2**32")
-    at_least_0 = ("seed", "workers", "profile_at_step", "learning_rate", "min_learning_rate")
-    at_least_0 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps")
-    for name in (*at_least_0, "picture_every_steps", "warmup_steps", "weight_decay"):
-        if not 0 <= config[name] < math.inf:
-            raise ValueError(f"config.{name} is {config[name]}; expected 0 or more")
+    for names, allowed, expected in RANGES:
+        for name in names:
+            if not allowed(config[name]):
+                raise ValueError(f"config.{name} is {config[name]}; expected {expected}")
     if config.learning_rate < config.min_learning_rate:
         raise ValueError(
             f"config.learning_rate is {config.learning_rate}, and config.min_learning_rate "
             f"{config.min_learning_rate}, which no rate is below; expected a smaller one"
         )
-    if not config.max_gradient_norm > 0:
+    if config.profile_at_step > config.num_train_steps:
         raise ValueError(
-            f"config.max_gradient_norm is {config.max_gradient_norm}; expected more than 0 (inf: "
-            "no limit)"
+            f"config.profile_at_step is {config.profile_at_step}, and config.num_train_steps "
+            f"{config.num_train_steps}; expected a step of the run, or 0"
         )
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f"config.momentum is {config.momentum}; expected 0 or more, below 1")
     if config.optimizer not in schedule.OPTIMIZERS:
         raise ValueError(
             f'config.optimizer is "{config.optimizer}"; expected one of {schedule.OPTIMIZERS}'
         )
-    for name in ("sequential_start", "mining_end", "mask_errors_start"):
-        if not 0 <= config[name] <= 1:
-            raise ValueError(f"config.{name} is {config[name]}; expected a share of all steps")
 
 
 def _check_truth(videos: Sequence[EvaluationVideo]) -> None:

@@ -257,6 +257,10 @@ def endless_momentum(config, root):
     config.momentum = 1.0
 
 
+def profile_after_the_end(config, root):
+    config.profile_at_step = 1 + config.num_train_steps
+
+
 def no_objects(config, root):
     for path in (root / "Annotations/480p/synthetic-0000").iterdir():
         image = Image.open(path)
@@ -364,6 +368,7 @@ def masks_over_the_truth(config, root):
         (list_in_utf16, ["train.txt", "expected a list in UTF-8"]),
         (no_gradient, ["config.max_gradient_norm is 0.0; expected more than 0"]),
         (endless_momentum, ["config.momentum is 1.0; expected 0 or more, below 1"]),
+        (profile_after_the_end, ["config.profile_at_step is 9, and", "expected a step of the run"]),
         (no_objects, ["none of 4 clips shows an object", "expected masks with"]),
         (changed_after_preparation, ["synthetic-0000/00001.jpg", "records"]),
         (crop_size, ["crop_size = 32; expected 16 n + 1"]),
@@ -423,3 +428,23 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path):
     different = "colour_jitter: 0.0 in the checkpoint, 0.3 now\n.*paste: 0.0 in the checkpoint, 0.5"
     with pytest.raises(ValueError, match=different):
         preparation._check_unchanged(begun, now, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("seed", -1, "config.seed is -1; expected 0 or more"),
+        ("seed", 2**32, "config.seed is 4294967296; expected less than 2**32"),
+        ("weight_decay", float("inf"), "config.weight_decay is inf; expected 0 or more"),
+        ("log_every_steps", -1, "config.log_every_steps is -1; expected 0 or more"),
+        ("keep_checkpoints", 0, "config.keep_checkpoints is 0; expected 1 or more"),
+        ("mining_end", 1.5, "config.mining_end is 1.5; expected a share of all steps"),
+        ("max_gradient_norm", float("nan"), "config.max_gradient_norm is nan; expected more"),
+        ("momentum", -0.1, "config.momentum is -0.1; expected 0 or more, below 1"),
+    ],
+)
+def test_numbers_out_of_their_range(config, tmp_path, field, value, message):
+    config[field] = value
+    with pytest.raises(ValueError) as error:
+        preparation.prepare(config, tmp_path / "out")
+    assert str(error.value).startswith(message)
