@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from cfbi_jax import evaluate
+from cfbi_jax import evaluate, locks
 from cfbi_jax.compilation import use_compilation_cache
 from cfbi_jax.data import davis
 from cfbi_jax.data.clips import ClipOptions
@@ -35,7 +35,7 @@ from cfbi_jax.data.image_files import ids_in, read_frame
 from cfbi_jax.data.prefetch import prefetch
 from cfbi_jax.data.videos import EvaluationVideo, check_videos, read_given, split_names
 from cfbi_jax.evaluation import report
-from cfbi_jax.files import path_of
+from cfbi_jax.files import check_writable, path_of
 from cfbi_jax.inference.dataset import results_folder
 from cfbi_jax.inference.video import MaskWriter
 from cfbi_jax.models.cfbi import CFBI, build_model
@@ -48,6 +48,7 @@ from cfbi_jax.weights.initial import initial_checkpoint
 
 BACKBONE_BLOCK = "block13"
 QUERY_CHUNK = 1024  # bounds the memory of the distances
+LOCK = "baselines.lock"  # in the output folder
 
 # An RGB frame's features; the first pixel is at the frame's first pixel, the last at its last.
 Features = Callable[[UInt8[np.ndarray, "height width 3"]], Float[Array, "h w c"]]
@@ -236,16 +237,11 @@ def video_labels(
     return nearest_labels(frames, mask, features, neighbours)
 
 
-def main(arguments: argparse.Namespace) -> None:
+def write_and_score(
+    arguments: argparse.Namespace, videos: list[EvaluationVideo], features: Features | None
+) -> dict[str, float]:
+    """Masks and tables of all videos; returns the means, where there is truth."""
     output = arguments.output
-    if (output / "segmented").exists():
-        raise ValueError(f"{output}: holds the results of a network; expected another --output")
-    videos = davis.evaluation_videos(
-        arguments.root, arguments.year, arguments.split, arguments.resolution, arguments.sequences
-    )
-    check_videos(videos)
-    evaluate.check_apart(videos, output)
-    features = load_features(arguments) if arguments.method == "nearest" else None
     results = results_folder(output)
     for split in (arguments.split, report.subset_name(arguments.split)):
         report.remove_tables(output, split)  # of the masks that go
@@ -265,7 +261,24 @@ def main(arguments: argparse.Namespace) -> None:
             "sequences": arguments.sequences,
         }
     )
-    means = evaluate.summary(evaluate.score(data, videos, results, output))
+    return evaluate.summary(evaluate.score(data, videos, results, output))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if (output / "segmented").exists():
+        raise ValueError(f"{output}: holds the results of a network; expected another --output")
+    videos = davis.evaluation_videos(
+        arguments.root, arguments.year, arguments.split, arguments.resolution, arguments.sequences
+    )
+    check_videos(videos)
+    evaluate.check_apart(videos, output)
+    features = load_features(arguments) if arguments.method == "nearest" else None
+    check_writable(output)
+    with open(output / LOCK, "a") as lock:
+        if not locks.take(lock):
+            raise ValueError(f"{output}: another process writes there; expected another --output")
+        means = write_and_score(arguments, videos, features)
     if means:
         print("  ".join(f"{name} {value:.4f}" for name, value in means.items()))
 

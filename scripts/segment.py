@@ -56,6 +56,7 @@ from cfbi_jax.inference.video import (
 )
 
 PICTURES_PER_SECOND = 24.0  # of an overlay where the video is a folder
+EXISTS = "exists; delete it, or choose another --output"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -130,9 +131,8 @@ def main(arguments: argparse.Namespace) -> None:
         palette = VOC_PALETTE
 
     results = [output / name for name in ("masks", "overlay.mp4", "cutouts")]
-    there = ", ".join(str(path) for path in results if path.exists())
-    if there:
-        raise FileExistsError(f"{there}: exists; delete it, or choose another --output")
+    if there := ", ".join(str(path) for path in results if path.exists()):
+        raise FileExistsError(f"{there}: {EXISTS}")
     check_writable(output)
     masks_folder, overlay_path, cutouts = results
 
@@ -144,10 +144,13 @@ def main(arguments: argparse.Namespace) -> None:
                 seen.append(frame)
             yield frame
 
-    segmenter = VideoSegmenter.from_checkpoint(arguments.checkpoint, **dataclasses.asdict(options))
-    labels = segmenter.segment(remembered(), masks)
     ids = sorted(set().union(*(ids_in(mask).tolist() for mask in masks.values())) - {0})
     with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(masks_folder))
+        segmenter = VideoSegmenter.from_checkpoint(
+            arguments.checkpoint, **dataclasses.asdict(options)
+        )
+        labels = segmenter.segment(remembered(), masks)
         writer = stack.enter_context(MaskWriter())
         if arguments.overlay:
             write_frame = stack.enter_context(video_writer(overlay_path, per_second))
@@ -193,6 +196,21 @@ def read_masks(
                 f"expected {size[0]} x {size[1]} as the frames of {video}, upright"
             )
     return masks
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder, which one of several processes can, and removes it if nothing came into it.
+    Raises FileExistsError where it is there."""
+    try:
+        folder.mkdir()
+    except FileExistsError as error:
+        raise FileExistsError(f"{folder}: {EXISTS}") from error
+    try:
+        yield
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_cutout(path: Path, frame: np.ndarray, mine: np.ndarray) -> None:

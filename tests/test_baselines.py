@@ -292,6 +292,24 @@ def test_no_table_is_left_of_masks_that_go(baselines, davis, tmp_path, monkeypat
     assert not list((tmp_path / "out").glob("*.csv"))
 
 
+def test_of_two_at_once_one_gets_the_folder(baselines, davis, tmp_path, monkeypatch):
+    data = ("--root", davis, "--resolution", "48p", "--output", tmp_path / "out")
+    arguments = arguments_of(baselines, "--method", "first-mask", *data)
+    write = baselines.write_and_score
+
+    def meanwhile(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(baselines, "write_and_score", write)
+            with pytest.raises(ValueError, match="out: another process writes there"):
+                baselines.main(arguments)
+        assert not (tmp_path / "out/Annotations").exists()
+        return write(*given)
+
+    monkeypatch.setattr(baselines, "write_and_score", meanwhile)
+    baselines.main(arguments)
+    assert list((tmp_path / "out").glob("*.csv"))
+
+
 def test_bad_input_is_a_message(davis, tmp_path):
     done = subprocess.run(
         [

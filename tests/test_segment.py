@@ -227,6 +227,31 @@ def test_paths_from_the_home_folder(script, monkeypatch):
     assert (found.checkpoint, found.output) == (Path("/home/someone/c"), Path("/home/someone/out"))
 
 
+def test_of_two_at_once_one_gets_the_folder(script, inputs, tmp_path, monkeypatch):
+    """The other starts while the first one still loads and compiles; nothing is written yet."""
+    load = script.VideoSegmenter.from_checkpoint
+    others = []
+
+    def slow(*arguments, **options):
+        if not others:
+            others.append(pytest.raises(FileExistsError, match="masks: exists; delete it, or"))
+            with others[0]:
+                run(script, inputs, tmp_path, masks=["later.png"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(script.VideoSegmenter, "from_checkpoint", slow)
+    run(script, inputs, tmp_path)
+    np.testing.assert_array_equal(read_mask(tmp_path / "masks/shot 8.png"), FIRST)
+
+
+def test_an_empty_folder_is_not_left(script, inputs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(script, inputs, tmp_path, "--checkpoint", "nowhere")
+    assert not list(tmp_path.iterdir())
+    run(script, inputs, tmp_path)
+    assert len(list((tmp_path / "masks").iterdir())) == 5
+
+
 def test_results_are_not_replaced(script, inputs, tmp_path):
     (tmp_path / "masks").mkdir()
     (tmp_path / "cutouts").mkdir()
