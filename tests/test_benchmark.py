@@ -252,6 +252,14 @@ def test_load(run):
     assert rows["rows"] <= 2 * 4 * 2 and rows["percent_more_packed"] == 0
 
 
+def test_all_clips_count_that_processors_worked_for(run, benchmark, monkeypatch):
+    """Those of the batches to warm up, too."""
+    of_one = np.array([1])
+    monkeypatch.setattr(benchmark.data, "_empty", lambda *_: ([0.5, 0.5], 2.0, [of_one] * 8))
+    row, _ = run("load", "--size", "48x64", "--crop", "33", "--batch", "1")["rows"]
+    assert row["clips_per_cpu_second"] == 8 / 2.0
+
+
 def test_rows_that_packing_computes(benchmark):
     """Batches of 3 clips: 9 rows needed, packed 9, padded to the largest 12; 4, 6 and 6."""
     row = benchmark.data.rows_row(np.array([[3, 1, 2], [0, 0, 1]]), max_objects=5)
@@ -311,6 +319,15 @@ def test_flags_that_a_plan_of_a_video_does_not_know(run, flags):
 def test_too_many_objects(run):
     with pytest.raises(ValueError, match="90 objects in 48 x 64 pixels; expected room"):
         run("infer", "--size", "48x64", "--objects", "90")
+    with pytest.raises(ValueError, match="300 objects; expected at most 254"):
+        run("video", "--size", "48x640", "--objects", "300", "--model", "quickstart")
+    with pytest.raises(ValueError, match="max_objects is 300; expected 1 to 254"):
+        run("plan", "--train", "--objects", "300", "--model", "quickstart", "--crop", "33")
+
+
+def test_why_a_new_process_failed(benchmark):
+    with pytest.raises(ValueError, match="the new process failed: ModuleNotFoundError: .*nowhere"):
+        benchmark.startup._seconds(["import nowhere"])
 
 
 def test_as_a_user_runs_it():

@@ -68,6 +68,8 @@ class StepOptions:
     mask_errors_step: int = 0
 
     def __post_init__(self):
+        if not 1 <= self.max_objects < IGNORED:
+            raise ValueError(f"max_objects is {self.max_objects}; expected 1 to {IGNORED - 1}")
         if self.remat not in REMAT:
             raise ValueError(f'remat is "{self.remat}"; expected one of {REMAT}')
         if not 0 <= self.ema_decay < 1:

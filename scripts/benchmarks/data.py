@@ -102,17 +102,18 @@ def load(arguments: argparse.Namespace) -> tuple[list[Row], None]:
         with alone():
             seconds, cpu, num_objects = _empty(clips, arguments)
     taken = arguments.batch * arguments.batches
+    made = np.stack(num_objects)
     times = Times.of(seconds)
     row = make_row(
         "loading",
         f"{arguments.batches} batches of {arguments.batch} clips, {arguments.workers} workers",
         times,
         clips_per_second=taken / times.median,
-        # From the first batch to the last process' end: start-up and clips made ahead count.
-        clips_per_cpu_second=taken * arguments.runs / cpu,
+        # Of all clips, those to warm up, too; the workers' start and end count.
+        clips_per_cpu_second=made.size / cpu,
         cpu_seconds=cpu,
     )
-    return [row, rows_row(np.stack(num_objects), arguments.objects)], None
+    return [row, rows_row(made, arguments.objects)], None
 
 
 def rows_row(num_objects: np.ndarray, max_objects: int) -> Row:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from cfbi_jax.inference.options import MAX_OBJECTS
 from cfbi_jax.models.cfbi import CFBI, build_model, parameter_shapes
 
 MODELS = ("r101", "mbv2", "quickstart")
@@ -61,8 +62,10 @@ def random_frames(
 
 def block_label(size: tuple[int, int], objects: int) -> UInt8[np.ndarray, "height width"]:
     """Objects 1..`objects` side by side, background around each. Errors: ValueError if there is
-    no room."""
+    no room, or if they are more than labels can name."""
     height, width = size
+    if objects > MAX_OBJECTS:
+        raise ValueError(f"{objects} objects; expected at most {MAX_OBJECTS}, as ids go")
     if width < 2 * objects + 1 or height < 3:
         raise ValueError(
             f"{objects} objects in {height} x {width} pixels; expected room for all: "

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Times
-from benchmarks.networks import make_model, random_variables
+from benchmarks.networks import block_label, make_model, random_variables
 from benchmarks.report import Row, make_row
 from benchmarks.turns import alone
 from cfbi_jax.models.images import IMAGENET_FORMAT
@@ -37,6 +37,7 @@ print(json.dumps([loaded - float(started), time.time() - float(started)]))
 
 def startup(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     """Rows of the import, and of two runs that share a folder of compiled programs."""
+    block_label(arguments.size, arguments.objects)  # raises what the processes would
     imports = Times.of([_seconds([IMPORT])[0] for _ in range(arguments.runs)])
     rows = [make_row("start-up", "import of VideoSegmenter", imports)]
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
@@ -65,7 +66,8 @@ def _seconds(command: list[str]) -> tuple[float, str]:
     with alone():
         started = time.time()
         command = [repr(started) if part == _NOW else part for part in command]
-        done = subprocess.run(
-            [sys.executable, "-c", *command], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise ValueError(f"the new process failed: {said[-1]}")
         return time.time() - started, done.stdout
