@@ -25,6 +25,16 @@ def path_of(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def name_of(text: str) -> str:
+    """A name as it is written on a command line, for argparse.
+
+    Errors: ArgumentTypeError for no text, which is not to stand for a default.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, found nothing")
+    return text
+
+
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/cfbi_jax`, or `~/.cache/cfbi_jax`.
 

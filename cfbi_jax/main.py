@@ -102,7 +102,12 @@ def _log_to_screen() -> None:
 
 def _parse(arguments: list[str]) -> list[str]:
     """absl's parser; what ml_collections makes of a field or file that there is not becomes one
-    line."""
+    line. `--config=~/mine.py` is what the shell leaves of a home folder's file."""
+    home = "--config=~/"
+    arguments = [
+        f"--config={os.path.expanduser('~/')}{x.removeprefix(home)}" if x.startswith(home) else x
+        for x in arguments
+    ]
     try:
         return app.parse_flags_with_usage(arguments)
     except OSError as error:

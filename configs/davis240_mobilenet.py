@@ -12,7 +12,7 @@ folder `240p`; docs/real_video.md lists them and says where the weights are from
 ensembler have half of their usual widths, the local windows half of their reach.
 
 Settings for a short training, unlike the paper's: a frozen backbone, Adam, averaged weights, the
-network's own masks from the first step on; half of the clips are made of single pictures, and half
+network's own masks from the second step on; half of the clips are made of single pictures, and half
 of all videos get another one's objects pasted in, as 27 of the 28 have one object only. In the
 second half of the steps half of the first previous masks have an error. docs/real_video.md says
 why, and has the ablations.

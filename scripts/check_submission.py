@@ -10,7 +10,7 @@ import sys
 
 from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation.submission import DATASETS, check_submission, expected_sequences
-from cfbi_jax.files import path_of
+from cfbi_jax.files import name_of, path_of
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -21,9 +21,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, choices=sorted(DATASETS))
     parser.add_argument("--root", required=True, type=path_of, help="folder of the data set")
     parser.add_argument(
-        "--split", default=None, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
+        "--split", type=name_of, help="default: test-dev (DAVIS), valid (YouTube-VOS)"
     )
-    parser.add_argument("--resolution", help="DAVIS: folder under JPEGImages; default: 480p")
+    parser.add_argument(
+        "--resolution", type=name_of, help="DAVIS: folder under JPEGImages; default: 480p"
+    )
     parser.add_argument("--sequences", type=split_names, help="expect only these: blackswan,dog")
     found = parser.parse_args(arguments)
     if found.sequences is not None and not found.sequences:

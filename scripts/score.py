@@ -14,7 +14,7 @@ from cfbi_jax.data.videos import split_names
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.youtube_vos import score_youtube_vos
-from cfbi_jax.files import check_writable, path_of
+from cfbi_jax.files import check_writable, name_of, path_of
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,8 +28,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--results", required=True, type=path_of, help="folder with <sequence>/<frame>.png"
     )
-    parser.add_argument("--split", default=None, help="default: val (DAVIS), train (YouTube-VOS)")
-    parser.add_argument("--resolution", help="DAVIS: folder under Annotations; default: 480p")
+    parser.add_argument("--split", type=name_of, help="default: val (DAVIS), train (YouTube-VOS)")
+    parser.add_argument(
+        "--resolution", type=name_of, help="DAVIS: folder under Annotations; default: 480p"
+    )
     parser.add_argument("--sequences", type=split_names, help="score only these: blackswan,dog")
     parser.add_argument(
         "--seen-categories",

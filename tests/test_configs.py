@@ -155,6 +155,7 @@ def test_home_folders_are_found_after_an_equals_sign():
             ["--config=configs/nothing.py", "--config.seed=3"],
             r"error: .*failure to load.*\s+configs/nothing\.py",
         ),
+        (["--config=~/no/thing.py"], rf"error: .*failure to load.*\s+{Path.home()}/no/thing\.py"),
         (["--config=configs/__init__.py", "--config.seed=3"], r"error: --config=configs/__init__"),
     ],
 )

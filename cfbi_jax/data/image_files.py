@@ -286,7 +286,9 @@ def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
     try:
         return Image.open(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadFile(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
+        raise BadFile(
+            f"{path}: no picture that can be read; expected a JPEG or PNG ({error})"
+        ) from error
 
 
 def decode_picture(data: bytes, name: str) -> Image.Image:
@@ -306,7 +308,9 @@ def _decode(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
         image = _open_image(file, path)
         image.load()
         return image
-    except (OSError, SyntaxError, zlib.error) as error:
+    except BadFile:
+        raise
+    except (OSError, SyntaxError, ValueError, zlib.error) as error:
         raise BadFile(f"{path}: damaged picture ({error})") from error
 
 

@@ -99,12 +99,14 @@ def read_meta(
     Sorted by name; `videos` restricts to these names.
 
     Errors: FileNotFoundError; ValueError for a file that is no JSON or not built as it should be, a
-    video without objects, an object without frames, ids outside 1..255, a name that is no folder's,
-    an unknown video.
+    video without objects, an object without frames, ids outside 1..255, a name of a video or split
+    that is no folder's, an unknown video.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected the root of YouTube-VOS")
+    if Path(split).name != split:
+        raise ValueError(f"{root}: split is {split!r}; expected the name of a folder in it")
     path = root / split / "meta.json"
     if not path.is_file():
         splits = sorted(p.parent.name for p in root.glob("*/meta.json"))

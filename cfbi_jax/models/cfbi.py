@@ -364,6 +364,7 @@ def initial_variables(model: CFBI, seed: int) -> dict:
 # ------------------------------------------------------------------------- model config <-> model
 
 DTYPES = ("float32", "bfloat16", "float16")
+MIN_DECODER_DIM = 6  # with which the decoder's low-level features have a channel
 
 
 def build_model(config: Mapping[str, Any]) -> CFBI:
@@ -394,12 +395,17 @@ def _check_field(field: str, value: Any) -> None:
         raise ValueError(f"model field dropout is {value}; expected 0 or more, below 1")
     if field in ("embedding_dim", "matching_dim", "ensembler_dim") and value % 4:
         raise ValueError(f"model field {field} is {value}; expected a multiple of 4")
-    if field == "resnet_blocks" and len(value) != 4:
-        raise ValueError(f"model field {field} is {value}; expected 4 numbers")
-    if field == "windows" and not (
+    if field == "decoder_dim" and value < MIN_DECODER_DIM:
+        raise ValueError(
+            f"model field {field} is {value}; expected {MIN_DECODER_DIM} or more, or the decoder "
+            "has no low-level features"
+        )
+    if field in ("resnet_blocks", "windows") and not (
         isinstance(value, tuple) and all(isinstance(n, int) for n in value)
     ):
         raise ValueError(f"model field {field} is {value}; expected integers, 1 or more")
+    if field == "resnet_blocks" and len(value) != 4:
+        raise ValueError(f"model field {field} is {value}; expected 4 numbers")
     numbers = value if isinstance(value, tuple) else (value,)
     whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool)]
     if value == () or any(n < 1 for n in whole):

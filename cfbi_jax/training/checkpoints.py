@@ -10,7 +10,6 @@ Both kinds of folder are what `weights.checkpoint.load_checkpoint` reads. The po
 is the step. Folders appear complete or not at all.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -209,11 +208,22 @@ class Checkpoints:
 
 
 def stored_config(workdir: Path) -> dict[str, Any] | None:
-    """`model`, `image_format` and `run` (the configuration) of the newest checkpoint that tells."""
+    """`model`, `image_format` and `run` (the configuration) of the newest checkpoint that tells.
+
+    Raises ValueError for one that is of no run.
+    """
     folders = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):
-        with contextlib.suppress(OSError, ValueError):  # damaged: `restore` reports it
-            return json.loads((folder / "config" / "metadata").read_text())
+        try:
+            stored = json.loads((folder / "config" / "metadata").read_text())
+        except (OSError, ValueError):  # damaged: `restore` reports it
+            continue
+        if "run" not in stored:
+            raise ValueError(
+                f"{folder}: weights alone, of no run; expected them outside of checkpoints/, where "
+                "a run keeps its own (config.init_from takes them)"
+            )
+        return stored
     return None
 
 

@@ -17,6 +17,10 @@ from cfbi_jax.weights.official import convert_backbone, convert_state_dict, stri
 
 LOGGER = logging.getLogger(__name__)
 
+# What NumPy and we meet in what is no .npz, among them a lone array, and a member without a header,
+# which comes as bytes.
+_NO_ARRAYS = (ValueError, OSError, EOFError, BadZipFile, zlib.error, TypeError, AttributeError)
+
 # TensorFlow's: RGB in -1..1.
 TENSORFLOW_FORMAT = ImageFormat("rgb", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -97,7 +101,7 @@ def _folded_mobilenet(path: Path, model: CFBI) -> dict:
     try:
         with np.load(path) as file:
             arrays = {k: file[k].astype(np.float32) for k in file if k.startswith("block")}
-    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except _NO_ARRAYS as error:
         raise ValueError(f"{path}: damaged or no .npz file ({error})") from error
     shapes = _backbone_shapes(model)
     params, frozen, used = {}, {}, set()

@@ -8,7 +8,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cfbi_jax import files
 from cfbi_jax.data import image_files
@@ -151,6 +151,21 @@ def test_damaged_png_is_refused(tmp_path, read):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"damaged\.png: damaged picture"):
         read(path)
+
+
+@pytest.mark.parametrize("after_the_pixels", [False, True])
+def test_more_text_in_a_png_than_pillow_reads(tmp_path, after_the_pixels):
+    """XMP, say: an error with the file's name and the reason."""
+    path, text = tmp_path / "text.png", PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    Image.fromarray(disk(40, 56)).save(path, pnginfo=text)
+    if after_the_pixels:
+        data = path.read_bytes()
+        start = data.index(b"iTXt") - 4
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
+    with pytest.raises(files.BadFile, match=r"text\.png: .* \(Decompressed data too large"):
+        image_files.read_mask(path)
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "LA", "1", "I;16"])

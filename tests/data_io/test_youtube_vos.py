@@ -170,6 +170,13 @@ def test_names_are_those_of_folders(root):
         youtube_vos.read_meta(root, "valid")
 
 
+@pytest.mark.parametrize("split", ["train/", "./train", "valid/../train"])
+def test_a_split_is_the_name_of_a_folder(root, split):
+    """`train/`, as shells complete it, would not be known as the split whose masks are all true."""
+    with pytest.raises(ValueError, match=f"split is '{split}'; expected the name of a folder"):
+        youtube_vos.evaluation_videos(root, split)
+
+
 @pytest.mark.parametrize(
     ("objects", "message"),
     [

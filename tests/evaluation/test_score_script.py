@@ -106,6 +106,10 @@ def test_no_sequence_is_an_error_that_leaves_the_tables(davis):
     done = run(*arguments, "--sequences", "")
     assert done.returncode == 2 and "--sequences names no sequence" in done.stderr
     assert before and sorted(results.glob("*.csv")) == before
+    for flag in ("--split", "--resolution"):
+        done = run(*arguments, flag, "")
+        assert done.returncode == 2 and f"{flag}: expected a name, found nothing" in done.stderr
+    assert sorted(results.glob("*.csv")) == before
 
 
 def test_long_names_are_shown_whole(tmp_path, write_davis, write_results):

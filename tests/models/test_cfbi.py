@@ -330,6 +330,8 @@ def test_model_config_round_trip_and_errors():
         ("embedding_dim", 6, "expected a multiple of 4"),
         ("ensembler_dim", 3, "expected a multiple of 4"),
         ("resnet_blocks", (1, 1, 1), "expected 4 numbers"),
+        ("resnet_blocks", (1, 1, 1.5, 1), "expected integers, 1 or more"),
+        ("decoder_dim", 5, "expected 6 or more"),
         ("windows", 12, "expected integers, 1 or more"),
         ("windows", (2.5,), "expected integers, 1 or more"),
         ("windows", (), "expected 1 or more"),
@@ -339,6 +341,13 @@ def test_model_config_round_trip_and_errors():
 def test_numbers_that_make_no_network(field, value, message):
     with pytest.raises(ValueError, match=f"model field {field} is .*{message}"):
         build_model({field: value})
+
+
+def test_the_narrowest_decoder():
+    """`decoder_dim` 6 leaves one channel of low-level features."""
+    kernel = parameter_shapes(CFBI(**SMALL | {"decoder_dim": 6}))["params"]["deeplab"]["decoder"]
+    assert 1 in {leaf.shape[-1] for leaf in jax.tree.leaves(kernel)}
+    assert build_model({"decoder_dim": 6}).decoder_dim == 6
 
 
 def test_initial_variables():

@@ -23,9 +23,10 @@ from cfbi_jax.training.checkpoints import (
     contradictions,
     mend_best,
     save_best,
+    stored_config,
 )
 from cfbi_jax.training.step import TrainState
-from cfbi_jax.weights.checkpoint import load_checkpoint
+from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
 
 NETWORK = CFBI(**MODEL)
 SCORE = {"step": 7, "J&F": 0.5}
@@ -193,6 +194,13 @@ def test_room_is_for_all_checkpoints_and_the_best(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="room for 3 more .* and 1 times"):
         check(needed(3, 1) - 1)
     store.close()
+
+
+def test_weights_alone_are_no_checkpoint_of_a_run(tmp_path):
+    """As scripts/convert_weights.py writes them."""
+    save_checkpoint(tmp_path / "checkpoints/5", NETWORK, variables(), IMAGENET_FORMAT)
+    with pytest.raises(ValueError, match="checkpoints/5: weights alone, of no run; expected them"):
+        stored_config(tmp_path)
 
 
 def test_contradictions():

@@ -1,6 +1,7 @@
 """What training starts from. MobileNetV2s with folded norms are compared with NumPy."""
 
 import struct
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -268,7 +269,9 @@ def test_another_backbone(npz):
         initial_checkpoint(CFBI(**SMALL), str(npz), seed=0)
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut short", "flipped", "compressed"])
+@pytest.mark.parametrize(
+    "damage", ["garbage", "cut short", "flipped", "compressed", "one array", "no header"]
+)
 def test_damaged_file(npz, damage):
     if damage == "compressed":
         np.savez_compressed(npz, **folded_arrays())
@@ -279,5 +282,11 @@ def test_damaged_file(npz, damage):
     if damage == "flipped":
         data[len(data) // 2] ^= 255  # caught by the archive's checksums
     npz.write_bytes({"garbage": b"no archive", "cut short": data[:-1000]}.get(damage, data))
+    if damage == "one array":
+        with npz.open("wb") as file:
+            np.save(file, np.ones(3))
+    if damage == "no header":
+        with zipfile.ZipFile(npz, "w") as archive:
+            archive.writestr("block00/stem/kernel.npy", b"no array")
     with pytest.raises(ValueError, match=r"mobilenet\.npz: damaged or no \.npz file"):
         initial_checkpoint(MOBILE, str(npz), seed=0)
