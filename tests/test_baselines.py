@@ -310,6 +310,35 @@ def test_of_two_at_once_one_gets_the_folder(baselines, davis, tmp_path, monkeypa
     assert list((tmp_path / "out").glob("*.csv"))
 
 
+def test_features_are_those_of_the_stride(baselines, monkeypatch):
+    monkeypatch.setattr(baselines, "initial_checkpoint", lambda *_, **__: None)
+    monkeypatch.setattr(baselines, "backbone_features", lambda checkpoint, stride: stride)
+    data = ("--method", "nearest", "--root", "x", "--output", "y", "--backbone", "b.npz")
+    for more, stride in (((), 8), (("--stride", 16), 16)):
+        assert baselines.load_features(arguments_of(baselines, *data, *more)) == stride
+
+
+def test_another_list_and_year(baselines, davis, tmp_path):
+    davis = shutil.copytree(davis, tmp_path / "DAVIS")
+    (davis / "ImageSets/2016").mkdir()
+    (davis / "ImageSets/2016/train.txt").write_text("synthetic-0002\n")
+    data = ("--root", davis, "--resolution", "48p", "--output", tmp_path / "out")
+    chosen = ("--year", 2016, "--split", "train")
+    baselines.main(arguments_of(baselines, "--method", "first-mask", *data, *chosen))
+    table = (tmp_path / "out/per-sequence_results-train.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in table[1:]] == ["synthetic-0002_1"]
+
+
+def test_a_damaged_frame_is_known_first(baselines, davis, tmp_path):
+    davis = shutil.copytree(davis, tmp_path / "DAVIS")
+    path = davis / "JPEGImages/48p/synthetic-0002/00002.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    data = ("--root", davis, "--resolution", "48p", "--output", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"synthetic-0002/00002\.jpg: .*cut short"):
+        baselines.main(arguments_of(baselines, "--method", "first-mask", *data))
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_is_a_message(davis, tmp_path):
     done = subprocess.run(
         [

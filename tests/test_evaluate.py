@@ -23,7 +23,7 @@ from cfbi_jax.data.davis import evaluation_videos
 from cfbi_jax.evaluation.submission import check_submission
 from cfbi_jax.files import BadFile
 from cfbi_jax.inference import dataset
-from cfbi_jax.models.images import IMAGENET_FORMAT
+from cfbi_jax.models.images import IMAGENET_FORMAT, OFFICIAL_FORMAT
 
 ROOT = Path(__file__).parents[1]
 FRAMES, SIZE = 4, (40, 56)
@@ -63,7 +63,7 @@ def masks_of(folder):
 def test_davis_from_folder_to_zip(config, davis, tmp_path):
     out = tmp_path / "out"
     config.overlays = True
-    run(config, out)
+    scores = run(config, out)
     given = masks_of(davis / "Annotations" / "480p")
     found = masks_of(out / "Annotations")
     assert set(found) == set(given)
@@ -76,6 +76,14 @@ def test_davis_from_folder_to_zip(config, davis, tmp_path):
 
     lines = (out / "per-sequence_results-val.csv").read_text().splitlines()
     assert lines[0] == "Sequence,J-Mean,F-Mean" and len(lines) == 5
+    objects = np.array([line.split(",")[1:] for line in lines[1:]], float)
+    means = evaluate.summary(scores)
+    assert [means["J"], means["F"]] == pytest.approx(objects.mean(axis=0), abs=1e-3)
+    assert means["J&F"] == pytest.approx(objects.mean(), abs=1e-3)
+    assert abs(means["J"] - means["F"]) > 0.01
+    for path in (out / "segmented").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert 0 < record["compute_seconds"] < record["seconds"]
     with zipfile.ZipFile(out / "submission.zip") as archive:
         assert sorted(archive.namelist()) == sorted(str(path) for path in found)
     assert check_submission(out / "submission.zip", davis, "davis2017", "val", "480p") == []
@@ -160,11 +168,17 @@ def youtube_vos(root, davis, starts, split="valid"):
 def test_youtube_vos_with_a_late_object(config, davis, tmp_path):
     root, out = tmp_path / "YTVOS", tmp_path / "out"
     youtube_vos(root, davis, {"synthetic-0000": {1: 0, 2: 2}, "synthetic-0001": {2: 0}})
+    later = root / "valid/Annotations/synthetic-0000/00002.png"
+    image = Image.open(later)
+    image.putpalette([0, 0, 0, 7, 7, 7, 9, 9, 9])
+    image.save(later)
     config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "valid"
     run(config, out)
     found = masks_of(out / "Annotations" / "synthetic-0000")
     assert [2 in mask for mask in found.values()][:3] == [False, False, True]
-    given = np.array(Image.open(root / "valid/Annotations/synthetic-0000/00002.png"))
+    written = Image.open(out / "Annotations/synthetic-0000/00003.png")
+    assert written.getpalette()[3:6] == [128, 0, 0]  # that of the first mask
+    given = np.array(Image.open(later))
     third = list(found.values())[2]
     np.testing.assert_array_equal(third[given > 0], given[given > 0])
     only_two = masks_of(out / "Annotations" / "synthetic-0001").values()
@@ -184,11 +198,32 @@ def test_youtube_vos_with_nothing_to_score(config, davis, tmp_path, caplog):
     assert "no object has a frame after its first one to score: not scored" in caplog.text
 
 
+def test_some_videos_of_youtube_vos(config, davis, tmp_path):
+    """Seen objects and others differ here, and the mean is that of all."""
+    root, names = tmp_path / "YTVOS", ("synthetic-0000", "synthetic-0001")
+    youtube_vos(root, davis, {name: {1: 0, 2: 0} for name in names}, "train")
+    for name in names:
+        for path in (davis / "Annotations/480p" / name).iterdir():
+            shutil.copy(path, root / "train/Annotations" / name)
+            predicted = tmp_path / "predicted" / name / path.name
+            predicted.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.roll(np.array(Image.open(path)), 3, axis=1)).save(predicted)
+    config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "train"
+    config.data.sequences = names[1]
+    videos = evaluate.videos_of(config)
+    assert [video.name for video in videos] == [names[1]]
+    scores = evaluate.score(config.data, videos, tmp_path / "predicted", tmp_path / "out")
+    assert {found.sequence for found in scores.objects} == {names[1]}
+    assert evaluate.summary(scores) == {"J&F": scores.overall}
+    assert scores.overall != scores.groups[0].region
+
+
 def test_tables_without_a_short_sequence_are_not_called_the_splits(config, davis, tmp_path, caplog):
     """First and last frames do not count."""
     for folder in ("JPEGImages/480p", "Annotations/480p"):
-        for path in sorted((davis / folder / "synthetic-0001").iterdir())[2:]:
-            path.unlink()
+        for name, count in (("synthetic-0000", 3), ("synthetic-0001", 2)):
+            for path in sorted((davis / folder / name).iterdir())[count:]:
+                path.unlink()
     videos, out = evaluation_videos(davis), tmp_path / "out"
     scores = evaluate.score(config.data, videos, davis / "Annotations" / "480p", out)
     assert {found.sequence for found in scores.objects} == {"synthetic-0000"}
@@ -246,6 +281,23 @@ def test_other_options_or_weights_are_noticed(config, tmp_path, checkpoint):
     assert times_of(out / "Annotations") == first
     config.checkpoint = str(checkpoint)
     evaluate.prepare(config, out)
+
+
+def test_bounds_may_change_and_what_makes_the_masks_may_not(config, tmp_path):
+    out = tmp_path / "out"
+    run(config, out)
+    config.inference.max_objects, config.inference.memory_mib = 6, 4000
+    evaluate.prepare(config, out)
+    model, variables = small_network()
+    others = {
+        "model": (model.clone(global_atrous_rate=2), IMAGENET_FORMAT),
+        "image_format": (model, OFFICIAL_FORMAT),
+    }
+    for name, (other, image_format) in others.items():
+        cfbi_jax.save_checkpoint(tmp_path / name, other, variables, image_format)
+        config.checkpoint = str(tmp_path / name)
+        with pytest.raises(ValueError, match=f"\n  {name}: "):
+            evaluate.prepare(config, out)
 
 
 def test_another_data_set_of_the_same_names_is_noticed(config, davis, tmp_path):
@@ -436,6 +488,15 @@ def test_masks_are_not_written_over_the_data_set(config, davis):
     assert all((mask == before[p]).all() for p, mask in masks_of(davis / "Annotations").items())
 
 
+def test_a_relative_root_is_seen_too(davis, tmp_path, monkeypatch):
+    for kind in ("JPEGImages", "Annotations"):
+        for folder in (davis / kind / "480p").iterdir():
+            folder.rename(davis / kind / folder.name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="Annotations/.* are where masks would be written"):
+        evaluate.check_apart(evaluation_videos(davis.name, resolution=""), davis)
+
+
 def test_all_frames_are_asked_for_where_they_are_anyway(config, tmp_path):
     config.data.all_frames = True
     with pytest.raises(ValueError, match=r"config\.data\.all_frames is for YouTube-VOS"):
@@ -536,6 +597,12 @@ def only_a_comma(config, davis):
     config.data.sequences = ","
 
 
+def too_many_references(config, davis):
+    youtube_vos(davis / "YTVOS", davis, {"synthetic-0000": {1: 0, 2: 2}})
+    config.data.dataset, config.data.root = "youtube_vos", str(davis / "YTVOS")
+    config.data.split, config.inference.max_references = "valid", 1
+
+
 def no_such_weights(config, davis):
     """Known before the data set, which may be large, is looked at."""
     config.checkpoint = config.data.root = "nowhere"
@@ -568,6 +635,7 @@ def unknown_dataset(config, davis):
         (unknown_sequence, "'nothing'.*near names"),
         (only_a_comma, "config.data.sequences is ','; expected names"),
         (no_such_weights, "no such checkpoint folder: nowhere"),
+        (too_many_references, "synthetic-0000 has masks for 2 frames, and max_references is 1"),
         (damaged_truth, r"synthetic-0001/00002\.png: damaged picture"),
         (no_weights, "config.checkpoint is empty"),
         (unknown_dataset, '"kitti"; expected one of'),

@@ -1,7 +1,10 @@
 """scripts/segment.py, as a user runs it: what it writes is what `VideoSegmenter` says."""
 
+import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -18,6 +21,7 @@ from cfbi_jax.inference.video import overlay, read_frames, video_writer
 from cfbi_jax.models.images import IMAGENET_FORMAT
 from cfbi_jax.weights.checkpoint import save_checkpoint
 
+ROOT = Path(__file__).parents[1]
 FIRST, LATER = mask_of({1: (4, 4, 20, 20), 7: (24, 30, 36, 50)}), mask_of({9: (2, 40, 14, 54)})
 
 
@@ -250,6 +254,23 @@ def test_an_empty_folder_is_not_left(script, inputs, tmp_path):
     assert not list(tmp_path.iterdir())
     run(script, inputs, tmp_path)
     assert len(list((tmp_path / "masks").iterdir())) == 5
+
+
+def test_values_of_options_are_pythons_or_text(script):
+    found = script.options_of(["compute_dtype=bfloat16", "flip=True", "scales=(1.0, 1.5)"])
+    assert found == {"compute_dtype": "bfloat16", "flip": True, "scales": (1.0, 1.5)}
+
+
+def test_bad_input_is_a_message(inputs, tmp_path):
+    arguments = ["--checkpoint", inputs / "checkpoint", "--video", inputs / "pictures"]
+    arguments += ["--masks", inputs / "first.png", "--output", tmp_path, "--option", "flip"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "segment.py", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: --option flip: expected NAME")
 
 
 def test_results_are_not_replaced(script, inputs, tmp_path):

@@ -83,6 +83,22 @@ def test_lines_in_groups_are_all_lines():
         np.testing.assert_array_equal(found[clear], mean.argmax(axis=0)[clear])
 
 
+def test_chunks_are_chosen_for_the_references_that_there_are(monkeypatch):
+    segmenter = small_segmenter()
+    budget, counts = segmenter.programs.budget, []
+    choose = budget.chunks
+
+    def chunks(*arguments):
+        counts.append(arguments[-1])
+        return choose(*arguments)
+
+    monkeypatch.setattr(budget, "chunks", chunks)
+    frames = random_video(5, (40, 56))
+    masks = {i: np.asarray(FOUR_OBJECTS) for i in (0, 1, 2)}
+    list(segmenter.segment(frames, masks))
+    assert counts == [1, 2, 3, 3]
+
+
 def test_choice_of_chunks():
     """Equal parts, as large as fit; never nothing."""
     row = memory.row_bytes(head_channels=10, pixels=100)

@@ -40,7 +40,7 @@ from cfbi_jax.training.checkpoints import Checkpoints
 from cfbi_jax.training.diagnosis import explain
 from cfbi_jax.training.metric_writers import read_metrics
 from cfbi_jax.training.step import create_state
-from cfbi_jax.weights.checkpoint import load_checkpoint, save_checkpoint
+from cfbi_jax.weights.checkpoint import digest, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -229,6 +229,9 @@ def test_command_trains_evaluates_and_keeps_the_best(config, whole, davis, tmp_p
     table = (out / "global_results-val.csv").read_text().splitlines()
     assert float(table[1].split(",")[0]) == pytest.approx(best["J&F"], abs=1e-3)
     assert (out / "per-sequence_results-val.csv").exists() and (out / "submission.zip").exists()
+    assert not (out / "evaluation" / "submission.zip").exists()
+    record = json.loads((out / "segmented" / f"{name}.json").read_text())
+    assert record["made_by"]["weights"] == digest(kept.variables)
 
     assert sorted(p.name for p in (out / "pictures").iterdir()) == ["0000004.png", "0000008.png"]
     board = scalars_and_images(decoded_events(out / "tensorboard"))
@@ -768,6 +771,20 @@ def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message
     assert re.search(f"step 1: not finite, first in {message}", text), text
     assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
     assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
+
+
+def test_a_head_that_overflows_later_on(config, weights, tmp_path):
+    """In what follows the embedding, at a step that is not the first."""
+    name = "params/matching_feature/conv/kernel"
+    config.init_from = spoiled(weights, tmp_path / "spoiled", name, 3e38)
+    training = preparation.prepare(config, tmp_path / "out")
+    variables = jax.tree.map(jnp.asarray, training.start.variables)
+    state = create_state(variables, optax.sgd(0.1), seed=0)._replace(step=jnp.int32(3))
+    text = explain(training.start, training.clips, training.options, state, 2)
+    first = "step 4: not finite, first in the output of matching_feature/norm of clip 6 "
+    assert text.startswith(first), text
+    names = [training.clips[index].name for index in (6, 7)]
+    assert text.endswith(f"clips 6 ({names[0]}), 7 ({names[1]})"), text
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

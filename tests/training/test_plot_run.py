@@ -57,6 +57,49 @@ def test_draws_runs_and_picks_the_output(tmp_path):
     assert not (one == orange).all(axis=2).any()
 
 
+def test_every_panel_as_it_is_meant(plot_run):
+    """Eleven runs, more than tab10 has colours."""
+
+    def entries(i):
+        steps = [
+            {
+                "step": step,
+                "loss": float(i),
+                "learning_rate": float(step == 20),
+                "gradient_norm": 1.0 + step,
+                "data_wait": 0.1,
+            }
+            for step in range(40)
+        ]
+        return [*steps, {"step": 3, "J&F": 0.1}]
+
+    figure = plot_run.draw({f"run {i}": entries(i) for i in range(11)}, 8)
+    axes = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert "waiting for data (s per step)" in axes
+    assert axes["gradient norm"].get_yscale() == "log"
+    assert axes["J&F"].get_lines()[0].get_marker() == "o"  # one point has no line
+    lines = axes["learning rate"].get_lines()
+    np.testing.assert_array_equal(lines[0].get_ydata(), np.arange(40) == 20)  # not smoothed
+    colours = [line.get_color() for line in lines]
+    assert len({tuple(colour) for colour in colours}) == 11
+    handles = figure.legends[0].legend_handles
+    np.testing.assert_array_equal([handle.get_color() for handle in handles], colours)
+
+
+def test_smooth_and_output_are_heeded(plot_run, tmp_path, monkeypatch):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    draw, windows = plot_run.draw, []
+
+    def seen(runs, window):
+        windows.append(window)
+        return draw(runs, window)
+
+    monkeypatch.setattr(plot_run, "draw", seen)
+    arguments = [str(tmp_path), "--smooth", "7", "--output", str(tmp_path / "c.svg")]
+    plot_run.main(plot_run.parse_arguments(arguments))
+    assert windows == [7] and b"<svg" in (tmp_path / "c.svg").read_bytes()
+
+
 def test_panels_are_those_with_data(plot_run):
     entries = [{"step": s, "loss": 1.0 / s, "gradient_norm": 2.0, "iou": None} for s in (1, 2, 3)]
     assert titles(plot_run.draw({"a": entries}, 50)) == ["loss", "gradient norm"]
