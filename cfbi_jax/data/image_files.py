@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jaxtyping import Integer, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cfbi_jax.files import BadFile, write_file
 
@@ -285,10 +285,10 @@ def _open_image(file: io.BufferedIOBase, path: Path | str) -> Image.Image:
     """Opens a picture with Pillow, which reads the header only."""
     try:
         return Image.open(file)
+    except UnidentifiedImageError as error:
+        raise BadFile(f"{path}: no picture that can be read; expected a JPEG or PNG") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadFile(
-            f"{path}: no picture that can be read; expected a JPEG or PNG ({error})"
-        ) from error
+        raise BadFile(f"{path}: no picture that can be read ({error})") from error
 
 
 def decode_picture(data: bytes, name: str) -> Image.Image:
