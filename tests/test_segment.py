@@ -234,13 +234,11 @@ def test_paths_from_the_home_folder(script, monkeypatch):
 def test_of_two_at_once_one_gets_the_folder(script, inputs, tmp_path, monkeypatch):
     """The other starts while the first one still loads and compiles; nothing is written yet."""
     load = script.VideoSegmenter.from_checkpoint
-    others = []
 
     def slow(*arguments, **options):
-        if not others:
-            others.append(pytest.raises(FileExistsError, match="masks: exists; delete it, or"))
-            with others[0]:
-                run(script, inputs, tmp_path, masks=["later.png"])
+        monkeypatch.setattr(script.VideoSegmenter, "from_checkpoint", load)
+        with pytest.raises(FileExistsError, match="masks: exists; delete it, or"):
+            run(script, inputs, tmp_path, masks=["later.png"])
         return load(*arguments, **options)
 
     monkeypatch.setattr(script.VideoSegmenter, "from_checkpoint", slow)

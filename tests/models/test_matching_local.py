@@ -29,12 +29,9 @@ local_matching = jax.jit(
 )
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), shape=st.sampled_from(LOCAL_SHAPES))
-def test_local_matching(seed, shape):
-    height, width, rows, windows, rate = shape
-    query, reference, label, bias = random_case(seed, height, width, 3, rows)
-    found = local_matching(
+def check_local(matching_of, seed, size, rows, windows, rate):
+    query, reference, label, bias = random_case(seed, *size, 3, rows)
+    found = matching_of(
         *f32(query, reference[0], label[0]),
         jnp.asarray(bias, jnp.float32),
         windows,
@@ -43,6 +40,13 @@ def test_local_matching(seed, shape):
     )
     expected = slow_local(query, reference[0], label[0], bias, windows, rate)
     np.testing.assert_allclose(found[0], expected, atol=2e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(LOCAL_SHAPES))
+def test_local_matching(seed, shape):
+    height, width, *choices = shape
+    check_local(local_matching, seed, (height, width), *choices)
 
 
 @pytest.mark.parametrize(
@@ -59,16 +63,8 @@ def test_local_matching(seed, shape):
 )
 def test_local_matching_over_several_strips(monkeypatch, sizes, size, rows, windows, rate):
     monkeypatch.setattr(matching_local, "_strip_sizes", lambda: sizes)
-    query, reference, label, bias = random_case(2, *size, 3, rows)
-    found = matching_local.local_matching(  # not the jitted one: strips are read at tracing
-        *f32(query, reference[0], label[0]),
-        jnp.asarray(bias, jnp.float32),
-        windows,
-        downsample=False,
-        atrous_rate=rate,
-    )
-    expected = slow_local(query, reference[0], label[0], bias, windows, rate)
-    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+    # Not the jitted one: strips are read at tracing.
+    check_local(matching_local.local_matching, 2, size, rows, windows, rate)
 
 
 @pytest.mark.parametrize("shape", LOCAL_SHAPES[1:])
