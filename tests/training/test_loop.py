@@ -1,135 +1,37 @@
-"""A tiny run from its configuration to its last file, and everything that can go wrong with it."""
+"""A tiny run from its configuration to its last file: stopped, gone on with, on other devices."""
 
 import contextlib
-import dataclasses
-import functools
 import json
-import logging
 import os
-import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
-from absl import flags
 from PIL import Image
-from runs import error_of, tiny
+from runs import STEPS, arrays, assert_same_run, checkpoint_steps, error_of, losses, run, unfinished
 from small import random_variables
 from tensorboard_events import decoded_events, scalars_and_images
 from tiny_run import MODEL
 
 import cfbi_jax
-from cfbi_jax import evaluate
 from cfbi_jax.files import BadFile
 from cfbi_jax.models.cfbi import CFBI
 from cfbi_jax.models.images import IMAGENET_FORMAT
-from cfbi_jax.training import loop, preparation, schedule
+from cfbi_jax.training import loop, preparation
 from cfbi_jax.training.checkpoints import Checkpoints
-from cfbi_jax.training.diagnosis import explain
 from cfbi_jax.training.metric_writers import read_metrics
-from cfbi_jax.training.step import create_state
 from cfbi_jax.weights.checkpoint import digest, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
-STEPS = 8
-SPEED = ("clips_per_second", "data_wait", "host_memory_mib", "device_memory_mib")
 
-
-# ------------------------------------------------------------------------------------- the means
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One tracing and one compilation, without optimisation, serve all runs of this process."""
-    flags.FLAGS.mark_as_parsed()  # Grain asks for flags of its own
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        for module, name in (
-            (schedule, "learning_rate"),
-            (schedule, "optimizer"),
-            (loop, "make_train_step"),
-        ):
-            patch.setattr(module, name, functools.cache(getattr(module, name)))
-        read = functools.cache(preparation.initial_checkpoint)
-
-        def initial_checkpoint(*arguments):
-            start = read(*arguments)  # copied, as the first step gives its memory away
-            return dataclasses.replace(start, variables=jax.tree.map(np.array, start.variables))
-
-        patch.setattr(preparation, "initial_checkpoint", initial_checkpoint)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def run(config, out):
-    loop.run(preparation.prepare(config, out))
-
-
-def losses(out):
-    return {line["step"]: line["loss"] for line in read_metrics(out / "metrics.jsonl")}
-
-
-def numbers(out):
-    """Every logged number that does not depend on the clock."""
-    lines = read_metrics(out / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
-
-
-def checkpoint_steps(out):
-    return sorted(int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit())
-
-
-def unfinished(out):
-    return [p.name for p in (out / "checkpoints").iterdir() if not p.name.isdigit()]
-
-
-def arrays(out, step=STEPS):
-    """Everything in a checkpoint, by name."""
-    with ocp.StandardCheckpointer() as reader:
-        trees = {part: reader.restore(out / f"checkpoints/{step}/{part}") for part in PARTS}
-    flat, _ = jax.tree_util.tree_flatten_with_path(trees)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-
-
-PARTS = ("variables", "training")
-
-
-def assert_same_run(out, whole):
-    assert numbers(out) == numbers(whole)
-    found, expected = arrays(out), arrays(whole)
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-
-
-@pytest.fixture(scope="module")
-def whole(weights, tmp_path_factory):
-    """A run that nothing disturbs. Read only."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run(tiny(weights), out)
-    return out
-
-
-@pytest.fixture
-def begun(whole, tmp_path):
-    """The same, stopped after step 6, with checkpoints of 2, 4 and 6."""
-    out = tmp_path / "begun"
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "checkpoints" / "8")
-    return out
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_half_precision(config, tmp_path):
@@ -451,167 +353,6 @@ def test_other_numbers_of_devices_and_processes_go_on(config, whole, begun, tmp_
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.05)
 
 
-@pytest.fixture
-def evaluations(config, davis, monkeypatch):
-    """Evaluations that score what is put into the list that this returns, and segment nothing. A
-    function in it is called instead; `None`, for the last evaluation of all, has no score."""
-    config.mode, config.data.root = "train_and_eval", str(davis)
-    results = []
-
-    def next_result(evaluation, on_the_way=False):
-        result = results.pop(0)
-        return result() if callable(result) else result
-
-    monkeypatch.setattr(evaluate, "run", next_result)
-    monkeypatch.setattr(evaluate, "summary", lambda score: {"J&F": score} if score else {})
-    return results
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_during_an_evaluation(config, whole, evaluations, tmp_path, number):
-    """At once, as all is saved; the command goes on with it, and knows the scores before."""
-    out = tmp_path / "out"
-
-    before = signal.getsignal(number)
-
-    def send():
-        os.kill(os.getpid(), number)
-        time.sleep(60)
-        raise AssertionError("the signal was not heard")
-
-    evaluations[:] = [0.9, send]
-    with pytest.raises(loop.Stopped, match="step 8 of 8 is saved") as stopped:
-        run(config, out)
-    assert stopped.value.signal == number and signal.getsignal(number) == before
-    evaluations[:] = [0.5, None]
-    run(config, out)
-    assert not evaluations
-    lines = read_metrics(out / "evaluations.jsonl")
-    assert [(line["step"], line["J&F"]) for line in lines] == [(4, 0.9), (8, 0.5)]
-    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "4")
-    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
-    assert_same_run(out, whole)
-
-
-def test_where_the_best_weights_are_gone_the_next_ones_are_kept(config, evaluations, tmp_path):
-    out = tmp_path / "out"
-
-    def taken():
-        (out / "best").rename(tmp_path / "taken")
-        return 0.5
-
-    evaluations[:] = [0.9, taken, None]
-    run(config, out)
-    assert not evaluations
-    newest = load_checkpoint(out / "checkpoints" / str(STEPS)).variables
-    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(out / "best").variables, newest)
-
-    (out / "best").rename(tmp_path / "taken, too")
-    evaluations[:] = [0.5, None]
-    run(config, out)
-    assert not evaluations
-    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(out / "best").variables, newest)
-    lines = read_metrics(out / "evaluations.jsonl")
-    assert [(line["step"], line["J&F"]) for line in lines] == [(4, 0.9), (8, 0.5)]
-
-
-def test_scores_of_weights_that_are_gone_count_no_more(config, evaluations, tmp_path):
-    out = tmp_path / "out"
-    config.eval_every_steps = 2
-
-    def taken():
-        (out / "best").rename(tmp_path / "taken")
-        return 0.4
-
-    evaluations[:] = [0.9, taken, 0.7, 0.5, None]
-    run(config, out)
-    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "6")
-    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
-    assert json.loads((out / "best/evaluation.json").read_text()) == {"step": 6, "J&F": 0.7}
-
-
-def test_the_best_weights_of_another_run_are_not_taken(config, whole, evaluations, tmp_path):
-    """Its checkpoints were deleted, say; its scores would be taken for those of the new one."""
-    out = tmp_path / "out"
-    shutil.copytree(whole / "checkpoints" / "2", out / "best")
-    (out / "best" / "evaluation.json").write_text('{"step": 2, "J&F": 0.99}')
-    for config.mode in ("train", "train_and_eval"):
-        with pytest.raises(ValueError, match="best: the best weights of another run; choose"):
-            preparation.prepare(config, out)
-    config.overwrite = True
-    evaluations[:] = [0.5, 0.4, None]
-    run(config, out)
-    best, stored = load_checkpoint(out / "best"), load_checkpoint(out / "checkpoints" / "4")
-    jax.tree.map(np.testing.assert_array_equal, best.variables, stored.variables)
-    assert json.loads((out / "best/evaluation.json").read_text()) == {"step": 4, "J&F": 0.5}
-
-
-def test_other_videos_to_evaluate_are_refused(config, evaluations, davis, tmp_path, monkeypatch):
-    """The best of scores of different videos would mean nothing. The same ones may have moved."""
-    out = tmp_path / "out"
-    evaluations[:] = [0.9, 0.8, None]
-    run(config, out)
-    shutil.rmtree(out / "checkpoints" / "8")
-    moved = tmp_path / "moved"
-    shutil.copytree(davis, moved)
-    config.data.root = str(moved)
-    preparation.prepare(config, out)
-    mask = moved / "Annotations/480p/synthetic-0001/00000.png"
-    label = Image.open(mask)
-    mirrored = Image.fromarray(np.array(label)[:, ::-1].copy())
-    mirrored.putpalette(label.getpalette())
-    mirrored.save(mask)
-    text = error_of(config, out, monkeypatch)
-    (line,) = text.splitlines()[1:-1]
-    assert line.startswith("  evaluated.synthetic-0001: ")
-
-
-@pytest.mark.parametrize("name", ["run[1]", "a[b/out"])
-def test_a_folder_that_checkpoints_cannot_be_written_to(config, tmp_path, monkeypatch, name):
-    text = error_of(config, tmp_path / name, monkeypatch)
-    assert f"{name}: checkpoints cannot be written below a folder with [" in text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_equal_scores_keep_the_newer_weights(config, evaluations, tmp_path, caplog):
-    caplog.set_level("INFO", "cfbi_jax")
-    evaluations[:] = [0.5, 0.5, None]
-    run(config, tmp_path / "out")
-    best = load_checkpoint(tmp_path / "out" / "best")
-    newest = load_checkpoint(tmp_path / "out" / "checkpoints" / str(STEPS))
-    jax.tree.map(np.testing.assert_array_equal, best.variables, newest.variables)
-    assert f"step {STEPS}: J&F 0.5000; best 0.5000 at step {STEPS}" in caplog.text
-
-
-def test_without_truth_the_newest_weights_are_the_best(config, evaluations, davis, tmp_path):
-    """And nothing is segmented but with them, in the end."""
-    root = tmp_path / "DAVIS"
-    shutil.copytree(davis, root)
-    for path in (root / "Annotations/480p/synthetic-0001").iterdir():
-        if path.stem != "00000":
-            path.unlink()
-    config.data.root = str(root)
-    evaluations[:] = [None]
-    run(config, tmp_path / "out")
-    assert not evaluations
-    best = load_checkpoint(tmp_path / "out" / "best")
-    newest = load_checkpoint(tmp_path / "out" / "checkpoints" / str(STEPS))
-    jax.tree.map(np.testing.assert_array_equal, best.variables, newest.variables)
-
-
-def test_results_of_something_else_are_not_replaced(config, evaluations, tmp_path):
-    out = tmp_path / "out"
-
-    def others():  # come into the folder while the run is at work
-        (out / "segmented").mkdir()
-        (out / "segmented" / "synthetic-0001.json").write_text('{"made_by": {}}')
-        return 0.5
-
-    evaluations[:] = [0.5, others]
-    with pytest.raises(preparation.Refused, match="made by something else(.|\n)*best"):
-        run(config, out)
-
-
 def test_a_damaged_file_in_mid_run_ends_in_a_line(config, tmp_path, monkeypatch):
     def read(training):
         raise BadFile("00003.png: damaged picture")
@@ -640,199 +381,6 @@ def test_a_data_error_loses_no_step(config, whole, tmp_path, monkeypatch):
     assert checkpoint_steps(tmp_path / "out") == [2, 3]
     run(config, tmp_path / "out")
     assert_same_run(tmp_path / "out", whole)
-
-
-# -------------------------------------------------------------------------------- damage and room
-
-
-def cut_short(folder):
-    data = [path for path in folder.rglob("d/*") if path.is_file()]
-    path = max(data, key=lambda path: path.stat().st_size)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def delete(folder):
-    (folder / "training" / "manifest.ocdbt").unlink()
-
-
-def garbage(folder):
-    for path in folder.rglob("d/*"):
-        if path.is_file():
-            size = path.stat().st_size
-            path.write_bytes(np.random.default_rng(0).bytes(size))
-
-
-def no_folder(folder):
-    shutil.rmtree(folder / "variables")
-
-
-@pytest.mark.parametrize("damage", [cut_short, delete, garbage, no_folder])
-def test_a_damaged_checkpoint_is_set_aside(config, whole, begun, caplog, damage):
-    damage(begun / "checkpoints" / "6")
-    with caplog.at_level(logging.INFO, "cfbi_jax"):
-        run(config, begun)
-    assert "checkpoint 6 is damaged" in caplog.text and "going on from step 4" in caplog.text
-    assert (begun / "damaged" / "6").is_dir()
-    assert checkpoint_steps(begun) == [2, 4, 6, 8]
-    assert_same_run(begun, whole)
-
-
-def test_nothing_but_damaged_checkpoints(config, begun, monkeypatch):
-    for step in (2, 4, 6):
-        delete(begun / "checkpoints" / str(step))
-    text = error_of(config, begun, monkeypatch)
-    assert "none of the checkpoints [6, 4, 2] can be read" in text
-    assert "none of the checkpoints [6, 4, 2] can be read" in error_of(config, begun, monkeypatch)
-
-
-def test_a_full_disk(config, whole, tmp_path, monkeypatch):
-    """A limit on the size of files does to the second checkpoint what a full disk does."""
-    out = tmp_path / "out"
-    save = Checkpoints.save
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(self, state):
-        small = 50_000 if int(state.step) >= 4 else limits[0]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (small, limits[1]))
-        save(self, state)
-        self._manager.wait_until_finished() if small == limits[0] else None
-
-    monkeypatch.setattr(Checkpoints, "save", limited)
-    try:
-        text = error_of(config, out, monkeypatch)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"{out / 'checkpoints'}: a checkpoint could not be written" in text
-    assert "the one of step 2 is whole" in text
-    assert checkpoint_steps(out) == [2]
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    run(config, out)
-    assert_same_run(out, whole)
-    assert not unfinished(out)
-
-
-def test_no_room_is_known_before_the_first_step(config, tmp_path, monkeypatch):
-    usage = SimpleNamespace(total=10**9, used=10**9, free=10_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    text = error_of(config, tmp_path / "out", monkeypatch)
-    assert "0 MiB free; expected" in text and str(tmp_path / "out" / "checkpoints") in text
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-# --------------------------------------------------------------------------------- not a number
-
-
-def spoiled(weights, path, name, value):
-    checkpoint = load_checkpoint(weights)
-    variables = jax.tree.map(np.array, checkpoint.variables)
-    *parents, last = name.split("/")
-    array = functools.reduce(lambda tree, key: tree[key], parents, variables)[last]
-    array[(0,) * array.ndim] = value
-    save_checkpoint(path, checkpoint.model, variables, checkpoint.image_format)
-    return str(path)
-
-
-EMBEDDING = "pixel_embedding/pointwise"
-
-
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        (f"{EMBEDDING}/kernel", np.nan, rf"weights {EMBEDDING}/kernel \(1 of \d+\); clips"),
-        # Finite, but what is computed with it is not.
-        (
-            f"{EMBEDDING}/kernel",
-            3e38,
-            rf"the output of {EMBEDDING} of clip 0 \(\d+ of \d+\); clips",
-        ),
-        (
-            "deeplab/backbone/conv1/kernel",
-            3e38,
-            r"the output of deeplab/backbone/conv1 of clip 0 \(\d+ of \d+\); clips",
-        ),
-        (
-            "matching_feature/conv/bias",
-            np.inf,
-            r"weights matching_feature/conv/bias \(1 of \d+\); clips",
-        ),
-    ],
-)
-def test_not_finite(config, weights, tmp_path, monkeypatch, name, value, message):
-    out = tmp_path / "out"
-    config.init_from = spoiled(weights, tmp_path / "spoiled", f"params/{name}", value)
-    if not np.isfinite(value):
-        with pytest.raises(ValueError, match=rf"spoiled: 1 arrays .* params/{name} \(1 of"):
-            preparation.prepare(config, tmp_path / "refused")
-        monkeypatch.setattr("cfbi_jax.weights.checkpoint.check_finite", lambda *_: None)
-    config.log_every_steps = 2  # known a step later
-    clips = preparation.prepare(config, tmp_path / "other").clips
-    text = error_of(config, out, monkeypatch)
-    assert re.search(f"step 1: not finite, first in {message}", text), text
-    assert f"clips 0 ({clips[0].name}), 1 ({clips[1].name})" in text
-    assert not checkpoint_steps(out) and not read_metrics(out / "metrics.jsonl")
-
-
-def test_a_head_that_overflows_later_on(config, weights, tmp_path):
-    """In what follows the embedding, at a step that is not the first."""
-    name = "params/matching_feature/conv/kernel"
-    config.init_from = spoiled(weights, tmp_path / "spoiled", name, 3e38)
-    training = preparation.prepare(config, tmp_path / "out")
-    variables = jax.tree.map(jnp.asarray, training.start.variables)
-    state = create_state(variables, optax.sgd(0.1), seed=0)._replace(step=jnp.int32(3))
-    text = explain(training.start, training.clips, training.options, state, 2)
-    first = "step 4: not finite, first in the output of matching_feature/norm of clip 6 "
-    assert text.startswith(first), text
-    names = [training.clips[index].name for index in (6, 7)]
-    assert text.endswith(f"clips 6 ({names[0]}), 7 ({names[1]})"), text
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite(config, tmp_path, monkeypatch, what):
-    """Where weights and activations are: an infinite loss, and a root at 0, which has no slope."""
-    training = preparation.prepare(config, tmp_path / "out")
-    variables = jax.tree.map(jnp.asarray, training.start.variables)
-    state = create_state(variables, optax.sgd(0.1), seed=0)
-
-    def loss(logits, *_):
-        mean = jnp.mean(logits, axis=(1, 2, 3))
-        return mean / 0 if what == "loss" else jnp.sqrt(jnp.abs(mean) * 0)
-
-    monkeypatch.setattr("cfbi_jax.training.step.bootstrapped_cross_entropy", loss)
-    text = explain(training.start, training.clips, training.options, state, 2)
-    named = {
-        "loss": r"the loss of clip 0, -?inf",
-        "gradient": r"the gradient of clip 0 to \w+(/\w+)* \(\d+ of \d+\)",
-    }
-    assert re.match(f"step 1: not finite, first in {named[what]}; clips 0 ", text), text
-
-
-def test_not_finite_is_known_even_where_nothing_is_logged(config, weights, tmp_path, monkeypatch):
-    config.init_from = spoiled(
-        weights, tmp_path / "spoiled", "params/deeplab/backbone/conv1/kernel", 3e38
-    )
-    config.log_every_steps = config.checkpoint_every_steps = config.picture_every_steps = 0
-    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
-    steps = []
-    monkeypatch.setattr(loop.Evaluations, "due", lambda self, step: steps.append(step))
-    text = error_of(config, tmp_path / "out", monkeypatch)
-    assert "step 1: not finite" in text
-    assert max(steps) < 3 < STEPS
-
-
-def test_out_of_memory_names_what_helps(config, tmp_path, monkeypatch):
-    def make_train_step(*_):
-        def step(state, batch):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"
-            )
-
-        return step
-
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
-    text = error_of(config, tmp_path / "out", monkeypatch)
-    assert text.startswith("error: out of device memory; less memory: config.remat=segment or all")
-    assert "config.accumulate" in text and text.endswith("allocating 99 bytes")
 
 
 # ----------------------------------------------------------------------------- others, other data
