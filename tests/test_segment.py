@@ -112,7 +112,7 @@ def test_pictures(script, inputs, tmp_path, capsys):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_a_video_file(script, inputs, tmp_path):
+def test_a_video_file(script, inputs, tmp_path, monkeypatch):
     """Its masks are numbered; its overlay has its speed; sizes may be odd."""
     with video_writer(inputs / "video.mp4", 10.0) as write:
         for frame in random_video(4):
@@ -126,6 +126,11 @@ def test_a_video_file(script, inputs, tmp_path):
     np.testing.assert_array_equal(labels, list(expected))
     found, per_second = frames_of(out / "overlay.mp4")
     assert len(found) == 4 and per_second == 10
+
+    monkeypatch.setattr(script, "stated_by", lambda video: (0, 0.0))  # as of a stream
+    run(script, inputs, tmp_path / "stream", "--overlay", video="video.mp4")
+    found, per_second = frames_of(tmp_path / "stream" / "overlay.mp4")
+    assert len(found) == 4 and per_second == 24
 
     odd = np.zeros((41, 57, 3), np.uint8)
     odd[:, -1] = 255
@@ -259,16 +264,49 @@ def test_values_of_options_are_pythons_or_text(script):
     assert found == {"compute_dtype": "bfloat16", "flip": True, "scales": (1.0, 1.5)}
 
 
-def test_bad_input_is_a_message(inputs, tmp_path):
+def command(inputs, output, *more, program=None):
+    """The script in a process of its own."""
+    program = program or [ROOT / "scripts" / "segment.py"]
     arguments = ["--checkpoint", inputs / "checkpoint", "--video", inputs / "pictures"]
-    arguments += ["--masks", inputs / "first.png", "--output", tmp_path, "--option", "flip"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "segment.py", *arguments],
+    arguments += ["--masks", inputs / "first.png", "--output", output, *more]
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
+
+
+def test_bad_input_is_a_message(inputs, tmp_path):
+    done = command(inputs, tmp_path, "--option", "flip")
     assert done.returncode == 1 and done.stderr.startswith("error: --option flip: expected NAME")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped(inputs, tmp_path, number):
+    """The masks so far stay, whole; so does the overlay; no temporary file does."""
+    code = f"""
+import os, runpy
+from cfbi_jax.inference import video
+write = video.MaskWriter.write
+def write_and_signal(self, path, *arguments):
+    write(self, path, *arguments)
+    if path.stem == "shot 10":
+        os.kill(os.getpid(), {number:d})
+video.MaskWriter.write = write_and_signal
+runpy.run_path({str(ROOT / "scripts" / "segment.py")!r}, run_name="__main__")
+"""
+    done = command(inputs, tmp_path / "out", "--overlay", program=["-c", code])
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.endswith(
+        "interrupted: --output holds the first frames only; delete it to repeat the command\n"
+    )
+    found = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*"))
+    masks = [Path("masks") / f"shot {number}.png" for number in (10, 8, 9)]
+    assert found == [*masks, Path("overlay.mp4")] or found == [*masks[1:], Path("overlay.mp4")]
+    for path in masks[1:]:
+        assert read_mask(tmp_path / "out" / path, refuse_shades=False).shape == FIRST.shape
+    assert len(frames_of(tmp_path / "out" / "overlay.mp4")[0]) == 2
 
 
 def test_results_are_not_replaced(script, inputs, tmp_path):
