@@ -144,6 +144,8 @@ def source(**fields) -> ConfigDict:
     config.static_frames = 8
     # Paste another video's objects into this share of the videos (`data.pasted`).
     config.paste = 0.0
+    # Of these, the share whose pasted objects are the video's own: two that look alike.
+    config.paste_doubles = 0.25
     config.lock()
     config.update(fields)
     return config

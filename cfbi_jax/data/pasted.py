@@ -19,20 +19,22 @@ from cfbi_jax.files import BadFile
 
 MAX_ID = 127  # a pasted object has its own id plus this
 _SCALES = (0.6, 1.1)  # of what is pasted, in pixels of the video that it goes into
-_DOUBLES = 0.25  # share of the pasted videos that are the video itself
 
 
 class PastedVideos:
     """A `ClipSource`: the videos of `source`, a `share` of them with pasted objects.
 
+    Of these the share `doubles` get their own objects, the others those of any video.
+
     Errors: ValueError for a share outside [0, 1].
     """
 
-    def __init__(self, source: ClipSource, share: float):
-        if not 0 <= share <= 1:
-            raise ValueError(f"paste = {share}; expected a share from 0 to 1")
+    def __init__(self, source: ClipSource, share: float, doubles: float = 0.25):
+        for name, value in (("paste", share), ("paste_doubles", doubles)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value}; expected a share from 0 to 1")
         self.source = source
-        self._share = share
+        self._share, self._doubles = share, doubles
 
     def __len__(self) -> int:
         return len(self.source)
@@ -42,7 +44,7 @@ class PastedVideos:
         video = self.source.video(index, rng)
         if rng.random() >= self._share:
             return video
-        if rng.random() >= _DOUBLES:
+        if rng.random() >= self._doubles:
             index = int(rng.integers(len(self.source)))
         return _random_paste(video, self.source.video(index, rng), rng)
 

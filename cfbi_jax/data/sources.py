@@ -57,7 +57,9 @@ def clip_source(
         _check_ids(videos, field, source["paste"])
     if source["static"]:
         videos = StaticClips(videos, source["static_frames"])
-    return PastedVideos(videos, source["paste"]) if source["paste"] else videos
+    if source["paste"]:
+        videos = PastedVideos(videos, source["paste"], source["paste_doubles"])
+    return videos
 
 
 def _recorded(source: ConfigDict, records: Path) -> RecordVideos:

@@ -135,6 +135,10 @@ def test_share_and_doubles():
         assert abs(sum("+" in name for name in names) - expected) <= 40 * (share == 0.5)
         if share == 1:  # a quarter on purpose, and half of the others by chance
             assert 200 < names.count("cow+cow") < 300
+    for doubles, least, most in ((0.0, 160, 240), (0.6, 290, 350), (1.0, 400, 400)):
+        source = pasted.PastedVideos(videos, 1.0, doubles)
+        names = [source.video(0, np.random.default_rng(seed)).name for seed in range(400)]
+        assert least <= names.count("cow+cow") <= most
 
 
 def test_clips_of_several_objects_from_single_ones():
@@ -157,6 +161,8 @@ def test_errors():
     for share in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"paste = {share}; expected a share from 0 to 1"):
             pasted.PastedVideos(Videos(COW), share)
+        with pytest.raises(ValueError, match=f"paste_doubles = {share}; expected a share"):
+            pasted.PastedVideos(Videos(COW), 0.5, share)
     highest = Drawn("highest", [box(127, 5, 4)], green=0)
     made = pasted._PastedVideo(COW, highest, 0, np.eye(2, 3), behind=False)
     assert set(np.unique(made.mask(0))) == {0, 1, 254}

@@ -130,6 +130,9 @@ def test_paste(tmp_path, davis_root):
     plain, pasted = make(tmp_path, **fields), make(tmp_path, **fields, static=True, paste=1.0)
     assert [video.name.count("+") for video in videos_of(pasted)] == [1, 1, 1]
     assert contents(pasted) == contents(plain) != ""
+    own = make(tmp_path, **fields, paste=1.0, paste_doubles=1.0)
+    names = [video.name for video in videos_of(plain)]
+    assert [video.name for video in videos_of(own)] == [f"{name}+{name}" for name in names]
     with pytest.raises(ValueError, match="paste = 2.0; expected a share from 0 to 1"):
         make(tmp_path, **fields, paste=2.0)
 
