@@ -1,5 +1,6 @@
 """Every experiment: what the paper, its appendix and the authors state of it."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 import configs
 from cfbi_jax import config as fields
@@ -66,6 +69,7 @@ YOUTUBE_VOS = {
     "learning_rate": 0.01,
     "data.dataset": "youtube_vos",
     "data.split": "valid",
+    "data.all_frames": False,  # 6 per second, as the published scores
     "sources.youtube_vos.dataset": "youtube_vos",
     "sources.youtube_vos.split": "train",
     "sources.youtube_vos.weight": 1,
@@ -132,6 +136,27 @@ def test_published_settings(name):
 def test_only_the_trainings_for_cpus_have_settings_of_their_own():
     small = {"quickstart", "davis240_mobilenet", "davis240_mobilenet_larger"}
     assert set(NAMES) - set(EXPECTED) == small
+
+
+@pytest.mark.parametrize(
+    "file, name", [("README.md", "davis"), ("docs/real_video.md", "davis240_mobilenet")]
+)
+def test_overrides_in_the_documentation_are_taken(monkeypatch, file, name):
+    found = re.findall(r"--config\.([a-z][\w.]*)=(\"[^\"]*\"|[^\s`;)]+)", (ROOT / file).read_text())
+    overrides = {(field, value.strip('"')) for field, value in found if value != "N"}
+    assert len(overrides) > 10
+    for field, value in overrides:
+        experiment = f"--config={ROOT}/configs/{name}.py"
+        monkeypatch.setattr(sys, "argv", ["program", experiment, f"--config.{field}={value}"])
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        values(sys.argv)
+        set_to = values.config
+        for part in field.split("."):
+            set_to = set_to[part]
+        if isinstance(set_to, bool | int | float | tuple):
+            value = ast.literal_eval(value)
+        assert set_to == value, field
 
 
 def test_home_folders_are_found_after_an_equals_sign():

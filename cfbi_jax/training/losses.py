@@ -12,7 +12,7 @@ IGNORED = 255
 HARDEST_SHARE = 0.15
 
 
-def mining_ratio(step: Num[Array, ""] | int, mining_step: int) -> Float[Array, ""]:
+def mining_ratio(step: Num[Array, ""] | int, mining_step: float | int) -> Float[Array, ""]:
     """How far the loss has moved from all pixels (0) to the hardest 15 % alone (1).
 
     Linear until `mining_step`, half of all steps as released; 0 mines from the start.

@@ -293,8 +293,9 @@ def _check_shared_memory(config: ConfigDict) -> None:
         )
 
 
-def _share(config: ConfigDict, name: str) -> int:
-    return round(config[name] * config.num_train_steps)
+def _share(config: ConfigDict, name: str) -> float:
+    """The step at that share of all; may lie between two, as half of an odd number does."""
+    return float(config[name] * config.num_train_steps)
 
 
 def _quick(config: ConfigDict) -> ConfigDict:

@@ -45,8 +45,9 @@ class StepOptions:
     """How a step is computed.
 
     max_objects: objects that a clip may have; its labels are 0..max_objects or 255.
-    sequential_step: from the step after this one on, a frame's previous mask is the prediction
-        (from the number of all steps on: never, "no sequential training" of Table 5).
+    sequential_step: after this step (half of an odd number of steps lies between two) a frame's
+        previous mask is the prediction (the number of all steps: never, "no sequential training"
+        of Table 5).
     mining_step: when the loss has moved to the hardest pixels alone (`losses.mining_ratio`).
     accumulate: into how many parts each device's clips are cut to save memory.
     remat: what the backward pass computes again instead of keeping it: "none"; "segment", all but
@@ -58,14 +59,14 @@ class StepOptions:
     """
 
     max_objects: int = 5
-    sequential_step: int = 50_000
-    mining_step: int = 50_000
+    sequential_step: float | int = 50_000
+    mining_step: float | int = 50_000
     accumulate: int = 1
     remat: str = "none"
     ema_decay: float = 0.0
     freeze_backbone: bool = False
     mask_errors: float = 0.0
-    mask_errors_step: int = 0
+    mask_errors_step: float | int = 0
 
     def __post_init__(self):
         if not 1 <= self.max_objects < IGNORED:

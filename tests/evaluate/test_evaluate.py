@@ -174,7 +174,7 @@ def test_first_masks_only_is_not_scored(config, davis, tmp_path):
     assert not list((tmp_path / "out").glob("*.csv"))
 
 
-def test_all_frames_are_segmented_and_the_listed_ones_kept(config, davis, tmp_path):
+def test_all_frames_are_segmented_and_the_listed_ones_kept(config, davis, tmp_path, caplog):
     root, out = tmp_path / "YTVOS", tmp_path / "out"
     youtube_vos(root, davis, {"synthetic-0000": {1: 0}})
     shutil.copytree(root / "valid" / "JPEGImages", root / "valid_all_frames" / "JPEGImages")
@@ -183,7 +183,9 @@ def test_all_frames_are_segmented_and_the_listed_ones_kept(config, davis, tmp_pa
     (root / "valid/meta.json").write_text(json.dumps(meta))
     config.data.dataset, config.data.root, config.data.split = "youtube_vos", str(root), "valid"
     config.data.all_frames = config.overlays = True
+    caplog.set_level("INFO", "cfbi_jax")
     run(config, out)
+    assert f"1 videos, {FRAMES} frames of {root} (all frames, not every fifth)" in caplog.text
     assert [path.stem for path in masks_of(out / "Annotations")] == ["00000", "00003"]
     record = json.loads((out / "segmented/synthetic-0000.json").read_text())
     assert record["frames"] == FRAMES

@@ -58,17 +58,20 @@ def test_agrees_with_the_definition_2017(tmp_path, write_davis, write_results):
         "one": blobs(0, 7, (60, 80)),
         "gap": blobs(1, 5, (48, 91), ids=(1, 3)),  # id 2 counts, and is nowhere
         "late": blobs(2, 6, (40, 40)),
+        "more": blobs(5, 5, (40, 50), ids=(1, 2, 3)),
     }
+    truth["more"][0][truth["more"][0] == 3] = 0  # object 3 is not in the first mask: not scored
     truth["late"][3:, :, :] *= truth["late"][3:, :, :] == 1  # object 2 leaves
     truth["one"][:, :4] = 255
     predicted = {name: np.roll(masks, (2, -3), (1, 2)) for name, masks in truth.items()}
     for masks in predicted.values():
         masks[masks == 255] = 0
+    predicted["more"][predicted["more"] == 3] = 0
     root = write_davis(tmp_path / "DAVIS", truth)
     results = write_results(tmp_path / "results", predicted)
     scores = score_davis(root, results)
     assert_agrees(scores, slow_scores.davis(root, results, 2017, "val", "480p"))
-    assert [o.object_id for o in scores.objects] == [1, 2, 1, 2, 3, 1, 2]
+    assert [o.object_id for o in scores.objects] == [1, 2, 1, 2, 3, 1, 2, 1, 2]
     assert scores.objects[0].frames == ("00001", "00002", "00003", "00004", "00005")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -61,6 +62,21 @@ def test_scored_frames_and_values(late_object):
         np.testing.assert_allclose(found, slow[o.object_id], rtol=0, atol=1e-9)
     assert scores.objects[0].region[1] == 0  # predicted where it is absent
     assert scores.categories == ("dog", "zebra")
+
+
+def test_frames_are_in_the_order_of_their_numbers(late_object):
+    """99995 comes before 100000."""
+    root, results, _ = late_object
+    expected = score_youtube_vos(root, results, "held_out").objects
+    numbers = dict(zip(FRAMES, ("99990", "99995", "100000", "100005"), strict=True))
+    for path in [*root.rglob("v/*.*"), *results.rglob("v/*.*")]:
+        path.rename(path.with_stem(numbers[path.stem]))
+    meta = root / "held_out" / "meta.json"
+    meta.write_text(re.sub("|".join(FRAMES), lambda old: numbers[old[0]], meta.read_text()))
+    found = score_youtube_vos(root, results, "held_out").objects
+    for a, b in zip(found, expected, strict=True):
+        assert a.frames == tuple(numbers[frame] for frame in b.frames)
+        np.testing.assert_array_equal(a.region, b.region)
 
 
 def test_seen_and_unseen(late_object, caplog):

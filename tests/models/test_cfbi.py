@@ -181,6 +181,27 @@ def test_every_switch_runs_and_ignores_padding(switch):
     assert_same(found[:, :3], expected)
 
 
+def test_every_parameter_learns_without_what_the_paper_adds():
+    """Gradients of the whole network are golden; these are of the least head, quick to compile."""
+    off = dict.fromkeys(("pixel_background", "instance_background", "distance_bias"), False)
+    model = CFBI(**{**SMALL, **off, "head": "feelvos", "windows": (3,)})
+    variables = random_variables(model, seed=1)
+    inputs = random_inputs(1, 1, 2)
+
+    def square(params):
+        logits = model.apply(
+            variables | {"params": params}, **inputs, num_rows=3, method=CFBI.segment
+        )
+        return jnp.sum(logits**2)
+
+    gradient = jax.jit(jax.grad(square))(variables["params"])
+    for path, array in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        name = jax.tree_util.keystr(path)
+        assert np.isfinite(array).all(), name
+        embedding = "deeplab" in name or "pixel_embedding" in name  # is given here
+        assert np.any(array != 0) != embedding, name
+
+
 def intermediates(model, variables, inputs, num_rows):
     """What `segment` notes, and what the prehead and the head get."""
 

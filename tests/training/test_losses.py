@@ -23,6 +23,8 @@ def test_mining_ratio():
     found = [float(mining_ratio(step, 50)) for step in (0, 10, 25, 49, 50, 51, 10**6)]
     np.testing.assert_allclose(found, [0, 0.2, 0.5, 0.98, 1, 1, 1], rtol=1e-6)
     assert float(mining_ratio(jnp.int32(25), 50)) == 0.5
+    found = [float(mining_ratio(step, 3.5)) for step in (1, 3, 4)]  # of seven steps
+    np.testing.assert_allclose(found, [1 / 3.5, 3 / 3.5, 1], rtol=1e-6)
     assert float(mining_ratio(0, 0)) == 1  # mines from the start
 
 

@@ -92,6 +92,14 @@ def test_a_shared_folder_may_show_its_files_late(tmp_path, monkeypatch):
         preparation.check_shared(tmp_path)
 
 
+def test_half_of_an_odd_number_of_steps(config, tmp_path):
+    config.num_train_steps, config.sequential_start, config.mining_end = 7, 0.5, 0.5
+    config.mask_errors_start = 0.25
+    options = preparation.prepare(config, tmp_path / "out").options
+    found = options.sequential_step, options.mining_step, options.mask_errors_step
+    assert found == (3.5, 3.5, 1.75)  # masks are predicted from step 4 on
+
+
 def test_every_field_arrives_where_it_is_used(config, tmp_path, monkeypatch):
     config.weight_decay, config.momentum, config.max_gradient_norm = 0.1, 0.2, 0.3
     config.freeze_backbone, config.remat, config.accumulate = True, "segment", 2

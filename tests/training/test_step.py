@@ -365,6 +365,22 @@ def test_dropout_is_of_the_seed_the_step_and_the_clip(dropout_losses):
     np.testing.assert_allclose(dropout_losses(0, 5, one_number), losses[[1, 1, 1]], **LOSS)
 
 
+def test_every_frame_drops_others(variables, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def embed(network, images, keys):
+        raise Seen(keys)
+
+    monkeypatch.setattr(CFBI, "embed", embed)
+    batch = batch_of(random_clips([1, 1], num_frames=4), MAX_OBJECTS)
+    arguments = variables["params"], variables["frozen"], jnp.int32(0), jax.random.key(0), batch
+    with pytest.raises(Seen) as seen:
+        clip_losses(tiny_model(), OFFICIAL_FORMAT, OPTIONS, *arguments)
+    keys = np.asarray(jax.random.key_data(seen.value.args[0]))
+    assert len(keys) == len(np.unique(keys, axis=0)) == 2 * 4
+
+
 # ---------------------------------------------------------------------------------- whole steps
 
 
