@@ -8,8 +8,10 @@ do, made small bicubically as theirs, that is without a low-pass filter: they ar
 480p ones, which `--config.sources.davis.full_resolution=False` takes. Those decode faster: one core
 makes 22 clips per second of 480 x 854 pictures, 6.4 of 1080 x 1920 and 1.9 of 2160 x 3840, so give
 a fast GPU `--config.workers=8` or more. Rate and number of steps are the paper's (batch 6: 3 videos
-on each of 2 GPUs). The set is small and over-fits: the best weights by J&F are kept, which the
-authors found around step 30,000.
+on each of 2 GPUs), as its figures are what there is to compare with; a rate of 0.01 works, too,
+the authors said later. The set is small and over-fits: the best weights by J&F are kept, which the
+authors found around step 30,000. Half the batch costs 3 to 4 points unless the rate is halved and
+the steps doubled, or `--config.accumulate=2` makes room for the whole one.
 
 Evaluates weights alone (PNGs, the official tool's tables, the server's zip):
 

@@ -4,8 +4,9 @@
         --config.data.root=DAVIS --config.sources.youtube_vos.root=YOUTUBE_VOS \
         --config.init_from=deeplab_resnet101.pth
 
-Every DAVIS video comes 30 times in an epoch: 1,800 clips beside 3,471. Evaluates on DAVIS 2017
-validation.
+Every DAVIS video comes 30 times in an epoch: 1,800 clips beside 3,471. The paper does not say with
+which rate, batch and number of steps; here they are those that it has for YouTube-VOS, two thirds
+of the clips. Evaluates on DAVIS 2017 validation.
 
 Cost: not measured whole; a step as in `configs/davis.py`. Result: paper, J&F on DAVIS 2017
 validation 81.9; not reproduced yet.

@@ -3,8 +3,9 @@
     python -m cfbi_jax.main --config=configs/youtube_vos.py --workdir=OUT \
         --config.data.root=YOUTUBE_VOS --config.init_from=deeplab_resnet101.pth
 
-Rate, batch and number of steps are the paper's (4 videos on each of 2 GPUs); the released weights
-were made with `--config.batch_size=16 --config.learning_rate=0.02`. The validation set has no
+Rate, batch and number of steps are the paper's (4 videos on each of 2 GPUs), as its figures are
+what there is to compare with, and half of the memory; the released weights were made with
+`--config.batch_size=16 --config.learning_rate=0.02`. The validation set has no
 public truth: the last weights are evaluated, and OUT/submission.zip is for the server. To keep the
 best by J&F, hold training videos out: `--config.data.split=train --config.data.sequences=A,B
 --config.sources.youtube_vos.exclude=A,B --config.eval_every_steps=5000`.

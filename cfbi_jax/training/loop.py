@@ -294,7 +294,7 @@ class _Signals:
 @contextlib.contextmanager
 def _profiler(workdir: Path, first: int) -> Iterator[Callable[[int, TrainState], None]]:
     """Yields a function to call before every step: it writes a profile (XProf, Perfetto) of step
-    `first` and the next ones. 0: none."""
+    `first` and the next ones. 0: none. (clu's periodic `Profile` left no files when tried.)"""
     tracing = False
 
     def stop() -> None:

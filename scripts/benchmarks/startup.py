@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,27 +37,37 @@ print(json.dumps([loaded - float(started), time.time() - float(started)]))
 
 
 def startup(arguments: argparse.Namespace) -> tuple[list[Row], None]:
-    """Rows of the import, and of two runs that share a folder of compiled programs."""
+    """Rows of the import, of new processes that compile everything (each into a folder of its own),
+    and of ones that find all in the first one's folder."""
     block_label(arguments.size, arguments.objects)  # raises what the processes would
     imports = Times.of([_seconds([IMPORT])[0] for _ in range(arguments.runs)])
     rows = [make_row("start-up", "import of VideoSegmenter", imports)]
     model = make_model(arguments.model, arguments.dtype, arguments.matching_dtype)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, cache = f"{folder}/checkpoint", f"{folder}/cache"
+        checkpoint = f"{folder}/checkpoint"
         save_checkpoint(checkpoint, model, random_variables(model), IMAGENET_FORMAT)
         code = FIRST_FRAME.format(scripts=str(Path(__file__).parents[1]))
-        for name in ("nothing is compiled yet", "all is compiled"):
-            before = len(os.listdir(cache)) if os.path.isdir(cache) else 0
-            size = map(str, arguments.size)
-            _, printed = _seconds([code, _NOW, checkpoint, cache, *size, str(arguments.objects)])
-            loaded, first = json.loads(printed.splitlines()[-1])
+        sizes = [str(number) for number in (*arguments.size, arguments.objects)]
+        own = [f"{folder}/cache{i}" for i in range(arguments.runs)]
+        for name, caches in (
+            ("nothing is compiled yet", own),
+            ("all is compiled", own[:1] * arguments.runs),
+        ):
+            loaded, first, compiled = [], [], []
+            for cache in caches:
+                before = len(os.listdir(cache)) if os.path.isdir(cache) else 0
+                _, printed = _seconds([code, _NOW, checkpoint, cache, *sizes])
+                seconds = json.loads(printed.splitlines()[-1])
+                loaded.append(seconds[0])
+                first.append(seconds[1])
+                compiled.append(len(os.listdir(cache)) - before)
             rows.append(
                 make_row(
                     "start-up",
                     f"first predicted frame, {name}",
-                    Times.of([first]),
-                    weights_loaded_seconds=loaded,
-                    programs_compiled=len(os.listdir(cache)) - before,
+                    Times.of(first),
+                    weights_loaded_seconds=statistics.median(loaded),
+                    programs_compiled=max(compiled),
                 )
             )
     return rows, None

@@ -19,7 +19,7 @@ DIFFERENT_FRAMES = 8
 
 
 def video(arguments: argparse.Namespace) -> tuple[list[Row], None]:
-    """Rows of the memory in use after frame 20 and at the end, and of the time per frame.
+    """Rows of the memory in use from frame 20 to the end, and of the time per frame.
 
     Errors: ValueError for a video that ends before.
     """
@@ -39,6 +39,11 @@ def video(arguments: argparse.Namespace) -> tuple[list[Row], None]:
     name = f"{arguments.frames} frames"
     rows = [
         make_row(name, f"memory after frame {EARLY_FRAME}", mib=early / MIB),
+        *(
+            make_row(name, f"memory after frame {frame}", mib=used[frame] / MIB)
+            for frame in (arguments.frames // 4, arguments.frames // 2)
+            if frame > EARLY_FRAME
+        ),
         make_row(name, "memory at the end", mib=later[-1] / MIB),
         make_row(name, "largest after that frame", mib=max(later) / MIB),
         make_row(name, "a frame", Times.of(seconds[EARLY_FRAME:])),
