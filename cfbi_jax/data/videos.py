@@ -153,10 +153,15 @@ def split_names(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether it names a folder in another one: no path, neither empty nor `..`."""
+    return Path(name).name == name and name not in ("", "..")
+
+
 def check_are_folders(names: Iterable[str], where: Path) -> None:
     """Raises ValueError for a name that leads anywhere but to a folder in another one."""
     for name in names:
-        if Path(name).name != name or name == "..":
+        if not is_folder_name(name):
             raise ValueError(f"{where}: {name!r} in the list; expected the name of a folder")
 
 

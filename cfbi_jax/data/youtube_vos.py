@@ -18,6 +18,7 @@ from cfbi_jax.data.videos import (
     TrainingFiles,
     check_are_folders,
     check_names,
+    is_folder_name,
     skip_short,
 )
 
@@ -105,7 +106,7 @@ def read_meta(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected the root of YouTube-VOS")
-    if Path(split).name != split:
+    if not is_folder_name(split):
         raise ValueError(f"{root}: split is {split!r}; expected the name of a folder in it")
     path = root / split / "meta.json"
     if not path.is_file():

@@ -420,3 +420,22 @@ def test_defaults_are_those_of_the_paper():
 def test_nonsense_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         clips.ClipOptions(**changes)
+
+
+def test_a_frame_of_another_size_with_its_mask():
+    class Growing(FakeVideo):
+        def frame(self, t):
+            return np.zeros((33 + 33 * (t == 3), 33, 3), np.uint8)
+
+        def mask(self, t):
+            return np.ones((33 + 33 * (t == 3), 33), np.uint8)
+
+    refused = 0
+    options = clips.ClipOptions(**SMALL, num_current=1)
+    video = Growing(with_object(12))
+    for seed, times in enumerate(choose(video, 40, num_current=1)):
+        if 3 in times and set(times) != {3}:
+            refused += 1
+            with pytest.raises(ValueError, match=r"fake: frame \d+ has size \((33|66), 33\)"):
+                clips.sample_clip(video, np.random.default_rng(seed), options)
+    assert refused > 3

@@ -1,5 +1,6 @@
 """A small DAVIS folder is written with Pillow, damaged in one way, and must be refused for that."""
 
+import dataclasses
 import logging
 import shutil
 import time
@@ -346,3 +347,18 @@ def test_names_are_lines(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("my dog\n\n bear \r\n", encoding="utf-8-sig")
     assert davis.sequence_names(tmp_path, 2017, "train") == ["my dog", "bear"]
+
+
+def test_names_of_frames_may_be_more_than_numbers(root):
+    for i in range(4):
+        for path in (frame_file(root, i), mask_file(root, i)):
+            path.rename(path.with_stem(f"bear_{i}"))
+    (video,) = davis.evaluation_videos(root, sequences=["bear"])
+    assert [path.stem for path in video.frames] == [f"bear_{i}" for i in range(4)]
+
+
+def test_the_first_mask_is_that_of_the_first_frame(root):
+    (video,) = davis.evaluation_videos(root, sequences=["bear"])
+    late = dataclasses.replace(video, given={1: mask_file(root, 1)})
+    with pytest.raises(ValueError, match=r"bear: the first mask is given at frame 1 \(00001\.jpg"):
+        videos.check_videos([late])

@@ -171,3 +171,38 @@ def test_errors():
         made = pasted._PastedVideo(video, other, 0, np.eye(2, 3), behind=False)
         with pytest.raises(BadFile, match="high: object 128; expected ids up to 127"):
             made.mask(0)
+
+
+def test_a_quarter_are_doubles():
+    source = pasted.PastedVideos(Videos(COW, *[DOGS] * 19), 1.0)
+    names = [source.video(0, np.random.default_rng(seed)).name for seed in range(400)]
+    expected = 400 * (0.25 + 0.75 / 20)  # some by chance; the standard error is 9
+    assert abs(names.count("cow+cow") - expected) < 40
+
+
+def test_no_ids_but_those_of_the_two_videos():
+    for seed in range(20):
+        video = pasted._random_paste(COW, DOGS, np.random.default_rng(seed))
+        for t in range(4):
+            assert set(np.unique(video.mask(t))) <= {0, 1, 129, 130}
+
+
+def test_a_frame_without_object_is_placed_by_its_centre():
+    late = Drawn("late", [box(1, 5, 4) * 0, box(1, 5, 4)], green=200)
+    made = [pasted._random_paste(COW, late, np.random.default_rng(seed)) for seed in range(40)]
+    places = np.array([one.matrix @ [45, 30, 1] / [90, 60] for one in made if one.start == 0])
+    assert len(places) > 10 and (places >= 0.1).all() and (places <= 0.9).all()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_nobodys_pixels_hide_nothing(behind):
+    road = Drawn("road", [box(255, 0, 0, 30, 60)] * 2, green=0)
+    made = pasted._PastedVideo(road, DOGS, 0, np.eye(2, 3), behind=behind)
+    expected = np.where(box(1, 5, 4) > 0, 129, np.where(box(1, 5, 14) > 0, 130, road.mask(0)))
+    np.testing.assert_array_equal(made.mask(0), expected)
+    assert made.frame(0)[8, 6].tolist() == [102, 200, 0]
+
+
+def test_time_turns_round_at_both_ends():
+    made = pasted._PastedVideo(COW, DOGS, 1, np.eye(2, 3), behind=False)
+    assert [made._time(t) for t in range(9)] == [1, 2, 1, 0, 1, 2, 1, 0, 1]

@@ -630,3 +630,38 @@ def test_neither_tensorflow_nor_jax_nor_a_network_is_needed(root, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("(48, 64, 3) (48, 64)\n")
+
+
+def test_records_of_a_relative_folder_are_found_from_elsewhere(root, tmp_path, monkeypatch):
+    folder = prepare(root, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    opened = records.RecordVideos(folder.relative_to(tmp_path))
+    monkeypatch.chdir(root)
+    assert opened.video(1).frame(2).shape == (*SIZE, 3)
+
+
+def test_records_older_than_their_largest_ids(root, tmp_path):
+    metadata = prepare(root, tmp_path) / "metadata.json"
+    content = json.loads(metadata.read_text())
+    del content["largest_ids"]
+    metadata.write_text(json.dumps(content))
+    assert records.RecordVideos(metadata.parent).largest_ids == {}
+
+
+def test_digest_is_of_the_contents(root, tmp_path):
+    before = records.RecordVideos(prepare(root, tmp_path)).digest
+    mend(root)
+    files = davis.training_files(root)
+    after = records.RecordVideos(records.prepare("other", files, tmp_path / "records")).digest
+    assert before != after
+
+
+def test_complete_records_need_no_place_to_write(root, tmp_path, monkeypatch):
+    """As on a disk that is read only."""
+    folder = prepare(root, tmp_path)
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert prepare(root, tmp_path) == folder

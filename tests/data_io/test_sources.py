@@ -1,6 +1,7 @@
 """From a source's fields to videos: compared with the files they name."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -222,3 +223,46 @@ def test_full_resolution_where_it_is(tmp_path):
     assert shape(full_resolution=True) == (96, 128, 3)
     assert shape(full_resolution=False) == (48, 64, 3)
     assert shape(full_resolution=True, resolution="240p") == (40, 40, 3)
+
+
+def test_a_copy_elsewhere_has_records_of_its_own(tmp_path, davis_root):
+    """Of the same names: it may have been mended, and neither is refused for the other."""
+    other = shutil.copytree(davis_root, tmp_path / "other")
+    path = other / "Annotations/48p/synthetic-0001/00000.png"
+    Image.fromarray(np.full(SIZE, 7, np.uint8)).save(path)
+    fields = dict(dataset="davis", resolution="48p")
+    for root, largest in ((davis_root, 2), (other, 7), (davis_root, 2)):
+        assert videos_of(make(tmp_path, **fields, root=str(root)))[0].mask(0).max() == largest
+
+
+def test_127_is_the_last_id_that_leaves_one(tmp_path, davis_root):
+    path = davis_root / "Annotations/48p/synthetic-0002/00001.png"
+    Image.fromarray(np.where(np.array(Image.open(path)) > 0, 127, 0).astype(np.uint8)).save(path)
+    make(tmp_path, dataset="davis", root=str(davis_root), resolution="48p", paste=0.5)
+
+
+def test_choices_of_youtube_vos(tmp_path, youtube_root):
+    train = youtube_root / "train"
+    for kind in ("JPEGImages", "Annotations"):
+        shutil.copytree(train / kind / "a", train / kind / "b")
+    meta = json.loads((train / "meta.json").read_text())
+    meta["videos"]["b"] = meta["videos"]["a"]
+    (train / "meta.json").write_text(json.dumps(meta))
+    shutil.copytree(train, youtube_root / "part")
+    (youtube_root / "part/JPEGImages/a/00000.jpg").unlink()
+    (youtube_root / "part/Annotations/a/00000.png").unlink()
+    fields = dict(dataset="youtube_vos", root=str(youtube_root))
+    for changes, expected in (
+        ({}, {"a": 2, "b": 2}),
+        ({"sequences": "b"}, {"b": 2}),
+        ({"exclude": "b"}, {"a": 2}),
+        ({"split": "part"}, {"b": 2}),
+        ({"split": "part", "static": True, "static_frames": 3}, {"a": 3, "b": 3}),
+    ):
+        found = videos_of(make(tmp_path, **fields, **changes))
+        assert {video.name: len(video) for video in found} == expected
+
+
+def test_synthetic_videos_have_no_names_to_choose(tmp_path):
+    with pytest.raises(ValueError, match="sequences is 'dog', and dataset is synthetic"):
+        make(tmp_path, dataset="synthetic", sequences="dog")

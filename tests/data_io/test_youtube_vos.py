@@ -164,13 +164,14 @@ def test_damaged_meta(root, content):
         youtube_vos.evaluation_videos(root)
 
 
-def test_names_are_those_of_folders(root):
-    write_meta(root, {"a/b": {"objects": {"1": {"frames": ["00000"]}}}})
-    with pytest.raises(ValueError, match=r"meta\.json: 'a/b' .* expected the name of a folder"):
+@pytest.mark.parametrize("name", ["a/b", "", ".."])
+def test_names_are_those_of_folders(root, name):
+    write_meta(root, {name: {"objects": {"1": {"frames": ["00000"]}}}})
+    with pytest.raises(ValueError, match=rf"meta\.json: '{name}' .* expected the name of a folder"):
         youtube_vos.read_meta(root, "valid")
 
 
-@pytest.mark.parametrize("split", ["train/", "./train", "valid/../train"])
+@pytest.mark.parametrize("split", ["train/", "./train", "valid/../train", "", ".."])
 def test_a_split_is_the_name_of_a_folder(root, split):
     """`train/`, as shells complete it, would not be known as the split whose masks are all true."""
     with pytest.raises(ValueError, match=f"split is '{split}'; expected the name of a folder"):
@@ -266,3 +267,25 @@ def test_training_files_that_are_missing(root):
     (train / "meta.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"train/meta\.json: no such file; .*: valid"):
         youtube_vos.training_files(root)
+
+
+def test_all_frames_of_held_out_videos_have_the_truth(root):
+    (root / "valid_all_frames").rename(root / "train_all_frames")
+    (video,) = youtube_vos.evaluation_videos(root, "train", all_frames=True, videos=["b"])
+    assert len(video.frames) == 16
+    found = {i: path.stem for i, path in video.truth.items()}
+    assert found == {0: "00000", 5: "00005", 10: "00010", 15: "00015"}
+
+
+def test_255_is_an_object_as_any_other(root):
+    write_meta(root, {"b": {"objects": {"255": {"frames": ["00000"]}}}})
+    save_mask(root / "valid" / "Annotations" / "b" / "00000.png", 255)
+    assert videos.check_videos(youtube_vos.evaluation_videos(root)) == {"b": (255,)}
+
+
+def test_training_files_of_another_split_and_of_single_frames(root):
+    (root / "train").rename(root / "part")
+    first, second = youtube_vos.training_files(root, "part", least=1)
+    assert [(v.name, len(v.frames)) for v in (first, second)] == [("a", 1), ("b", 4)]
+    assert second.frames[0] == root / "part" / "JPEGImages" / "b" / "00000.jpg"
+    assert second.masks[0] == root / "part" / "Annotations" / "b" / "00000.png"

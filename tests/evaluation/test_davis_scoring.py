@@ -9,6 +9,7 @@ import slow_scores
 from PIL import Image
 from rich.console import Console
 
+from cfbi_jax.data.image_files import shades_in
 from cfbi_jax.evaluation import report
 from cfbi_jax.evaluation.davis import score_davis
 from cfbi_jax.evaluation.submission import check_submission
@@ -225,17 +226,18 @@ def test_scarcely_visible_objects_are_scored(tmp_path, write_davis, write_result
     for i in range(20):
         truth[:, 10 * (i // 10) : 10 * (i // 10) + 9, 10 * (i % 10) : 10 * (i % 10) + 9] = 1 + i
     prediction = truth.copy()
-    for i in range(13):
+    for i in range(15):
         prediction[prediction == 1 + i] = 0
         prediction[:, 10 * (i // 10) : 10 * (i // 10) + 9, 10 * (i % 10) : 10 * (i % 10) + 2] = (
             1 + i
         )
+    assert shades_in(prediction[0])
     root = tmp_path / "DAVIS"
     write_davis(root, {"crowd": truth})
     results = write_results(tmp_path / "results", {"crowd": prediction})
     scores = score_davis(root, results, 2017, "val", "480p")
     regions = [one.region.mean() for one in scores.objects]
-    np.testing.assert_allclose(regions, [2 / 9] * 13 + [1] * 7)
+    np.testing.assert_allclose(regions, [2 / 9] * 15 + [1] * 5)
     write_davis(root, {"crowd": prediction})  # the first mask, too
     assert score_davis(root, results).region.mean == 1
     assert check_submission(results, root, split="val") == []
@@ -251,3 +253,18 @@ def test_palettes_of_predictions_are_of_any_colours(two_squares):
         image.save(path)
     assert score_davis(root, results).region == expected.region
     assert check_submission(results, root, split="val") == []
+
+
+def test_another_resolution(two_squares):
+    root, results = two_squares
+    before = score_davis(root, results)
+    for kind in ("JPEGImages", "Annotations"):
+        (root / kind / "480p").rename(root / kind / "240p")
+    assert score_davis(root, results, resolution="240p").j_and_f == before.j_and_f
+
+
+def test_prediction_of_another_width_is_an_error(two_squares):
+    root, results = two_squares
+    Image.new("L", (20, 10)).save(results / "a" / "00002.png")
+    with pytest.raises(ValueError, match=r"a.00002\.png: size is \(10, 20\).*\(10, 10\)"):
+        score_davis(root, results)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -306,3 +307,58 @@ def test_script(davis, tmp_path, monkeypatch):
     nothing = run(root, tmp_path / "nothing.zip")
     assert nothing.returncode == 1
     assert nothing.stderr.startswith("error: ") and "Traceback" not in nothing.stderr
+
+
+def test_zip_of_some_sequences(davis, tmp_path):
+    root, results = davis
+    write_zip(results, tmp_path / "out.zip", sequences=["b"])
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert archive.namelist() == [f"b/{i:05d}.png" for i in range(3)]
+        assert {info.external_attr >> 16 for info in archive.infolist()} == {0o644}
+    assert check_submission(tmp_path / "out.zip", root, sequences=["b"]) == []
+
+
+def test_another_resolution(davis):
+    root, results = davis
+    for kind in ("JPEGImages", "Annotations"):
+        (root / kind / "480p").rename(root / kind / "240p")
+    assert check_submission(results, root, resolution="240p") == []
+
+
+def test_some_videos_of_youtube_vos(tmp_path, write_youtube_vos, write_results):
+    masks = {name: {"00000": label(2), "00005": label(2)} for name in "vw"}
+    objects = {"2": {"category": "dog", "frames": ["00000", "00005"]}}
+    root = write_youtube_vos(tmp_path / "YT", masks, {n: objects for n in "vw"}, split="test")
+    results = write_results(tmp_path / "results", {"w": masks["w"]})
+    assert check_submission(results, root, "youtube_vos", "test") == ["v: missing"]
+    assert check_submission(results, root, "youtube_vos", "test", sequences=["w"]) == []
+
+
+def test_zips_of_other_tools(davis, tmp_path):
+    """Folders have entries of their own there; some are encrypted."""
+    root, results = davis
+    write_zip(results, tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip", "a") as archive:
+        archive.mkdir("a")
+        archive.mkdir("b")
+    assert check_submission(tmp_path / "out.zip", root) == []
+    data = bytearray((tmp_path / "out.zip").read_bytes())
+    data[data.index(b"PK\x03\x04") + 6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "out.zip").write_bytes(data)
+    assert check_submission(tmp_path / "out.zip", root) == ["out.zip is encrypted"]
+
+
+def test_pictures_of_one_bit_and_of_far_too_many_pixels(davis):
+    root, results = davis
+    Image.fromarray(label(1) > 0).save(results / "b" / "00001.png")
+    assert Image.open(results / "b" / "00001.png").mode == "1"
+    path = results / "b" / "00002.png"
+    data = bytearray(path.read_bytes())
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert check(results, root) == [
+        "b: pixels of type 1, expected an 8-bit palette or grey PNG of ids (frame 00001)",
+        "b: a picture far too large (frame 00002)",
+    ]

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 
 import numpy as np
@@ -64,19 +63,21 @@ def test_scored_frames_and_values(late_object):
     assert scores.categories == ("dog", "zebra")
 
 
-def test_frames_are_in_the_order_of_their_numbers(late_object):
-    """99995 comes before 100000."""
-    root, results, _ = late_object
-    expected = score_youtube_vos(root, results, "held_out").objects
-    numbers = dict(zip(FRAMES, ("99990", "99995", "100000", "100005"), strict=True))
-    for path in [*root.rglob("v/*.*"), *results.rglob("v/*.*")]:
-        path.rename(path.with_stem(numbers[path.stem]))
-    meta = root / "held_out" / "meta.json"
-    meta.write_text(re.sub("|".join(FRAMES), lambda old: numbers[old[0]], meta.read_text()))
-    found = score_youtube_vos(root, results, "held_out").objects
-    for a, b in zip(found, expected, strict=True):
-        assert a.frames == tuple(numbers[frame] for frame in b.frames)
-        np.testing.assert_array_equal(a.region, b.region)
+def test_order_of_frames_and_of_objects(tmp_path, write_youtube_vos, write_results):
+    """By number, and by id, whichever starts first."""
+    frames = ("99990", "99995", "100000", "100005")
+    masks = [square((5, 1, 1))] + [square((5, 1, 1), (2, 12, 12))] * 3
+    named = {"v": dict(zip(frames, masks, strict=True))}
+    objects = {
+        "2": {"category": "cat", "frames": list(frames[1:])},
+        "5": {"category": "dog", "frames": list(frames)},
+    }
+    root = write_youtube_vos(tmp_path / "YT", named, {"v": objects}, "train")
+    scores = score_youtube_vos(root, write_results(tmp_path / "out", named))
+    found = [(o.object_id, o.frames) for o in scores.objects]
+    assert found == [(2, frames[2:]), (5, frames[1:])]
+    assert scores.categories == ("cat", "dog")
+    assert [g.name for g in scores.groups] == ["seen"]
 
 
 def test_seen_and_unseen(late_object, caplog):

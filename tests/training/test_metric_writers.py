@@ -268,3 +268,13 @@ print(writers.SummaryWriter.__module__)
 assert issubclass(TensorBoardWriter, writers.MetricWriter)
 """
     assert run_python(code, path=[tmp_path]).strip() == "clu.metric_writers.tf.summary_writer"
+
+
+def test_what_is_written_is_there_after_a_while(tmp_path, monkeypatch):
+    writer = TensorBoardWriter(tmp_path)
+    writer.write_scalars(1, {"loss": 0.5})
+    assert (1, "loss") not in scalars_and_images(decoded_events(tmp_path))
+    monkeypatch.setattr(metric_writers, "_FLUSH_SECONDS", 0.0)
+    writer.write_scalars(2, {"loss": 0.25})
+    assert {(1, "loss"), (2, "loss")} <= set(scalars_and_images(decoded_events(tmp_path)))
+    writer.close()

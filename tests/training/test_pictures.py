@@ -78,3 +78,10 @@ def test_strips_are_stacked_and_written(tmp_path):
     assert os.listdir(tmp_path / "pictures") == ["10.png"]
     with pytest.raises(ValueError, match="no strips"):
         write_strips(tmp_path / "none.png", [])
+
+
+def test_captions_are_on_dark_boxes():
+    white = np.full((240, 320, 3), 255, np.uint8)
+    label = np.zeros((240, 320), np.uint8)
+    for panel in panels(strip(white, label, white, label, white, label, label), 320):
+        assert (panel[0, :20] == 85).all() and (panel[100] == 255).all()
